@@ -1,0 +1,1 @@
+"""Converters: from a manifesto to files that a runtime attaches."""

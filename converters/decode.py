@@ -1,0 +1,161 @@
+"""Greedy decoding of many sequences at once after one shared prefix, in torch.
+
+Knows how to keep a key-value cache and to drop finished sequences.
+Does not know what the tokens mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from superego.converters.transformer import (
+    Base,
+    KeyValue,
+    Rows,
+    attend,
+    feed_forward,
+    project_qkv,
+    rms_norm,
+)
+
+
+def prefill(base: Base, tokens: list[int]) -> list[KeyValue]:
+    """Each layer's keys and values of a prefix of tokens."""
+    rows = Rows([len(tokens)], 0)
+    stream = base.embedding[torch.tensor(tokens)].float()
+    rotation = base.rotation(rows.positions)
+    cache = []
+    for index in range(base.shape.n_layer):
+        layer = base.layer(index)
+        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
+        query, key, value = project_qkv(base, layer, hidden, rotation)
+        cache.append(KeyValue(key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()))
+        stream += F.linear(attend(base, query, key, value, rows, None), layer.attn_output)
+        stream += F.linear(feed_forward(base, layer, stream), layer.ffn_down)
+    return cache
+
+
+class _Cache:
+    """Own keys and values of a batch: per layer (batch, n_head_kv, capacity, head_dim)."""
+
+    def __init__(self, base: Base, batch: int, capacity: int) -> None:
+        shape = base.shape
+        size = (batch, shape.n_head_kv, capacity, shape.head_dim)
+        self.keys = [torch.zeros(size, dtype=base.dtype) for _ in range(shape.n_layer)]
+        self.values = [torch.zeros(size, dtype=base.dtype) for _ in range(shape.n_layer)]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+
+
+def _first_tokens(
+    base: Base, prompts: list[list[int]], prefix: list[KeyValue], cache: _Cache
+) -> torch.Tensor:
+    """Reads the prompts into the cache; the argmax token after each of them, (batch,)."""
+    rows = Rows([len(p) for p in prompts], prefix[0].key.shape[1])
+    stream = base.embedding[torch.tensor([t for p in prompts for t in p])].float()
+    rotation = base.rotation(rows.positions)
+    sequence = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(rows.lengths))
+    within = rows.positions - rows.prefix_length
+    for index in range(base.shape.n_layer):
+        layer = base.layer(index)
+        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
+        query, key, value = project_qkv(base, layer, hidden, rotation)
+        cache.keys[index][sequence, :, within] = key
+        cache.values[index][sequence, :, within] = value
+        attended = attend(base, query, key, value, rows, prefix[index])
+        stream += F.linear(attended, layer.attn_output)
+        stream += F.linear(feed_forward(base, layer, stream), layer.ffn_down)
+    last = torch.tensor(rows.lengths).cumsum(0) - 1
+    return base.logits(stream[last]).argmax(-1)
+
+
+def _attend_step(
+    base: Base,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: KeyValue,
+    hide: torch.Tensor,
+) -> torch.Tensor:
+    """One new token a sequence: query (batch, n_head, head_dim) over prefix and own cache.
+
+    key, value: (batch, n_head_kv, width, head_dim); hide: (batch, width), -inf where unread.
+    """
+    shape = base.shape
+    batch, group = query.shape[0], shape.n_head // shape.n_head_kv
+    q = (query * shape.head_dim**-0.5).view(batch, shape.n_head_kv, group, shape.head_dim)
+    by_head = q.transpose(0, 1).reshape(shape.n_head_kv, batch * group, shape.head_dim)
+    to_prefix = torch.bmm(by_head, prefix.key.transpose(1, 2))  # (n_head_kv, batch·group, P)
+    p = prefix.key.shape[1]
+    to_prefix = to_prefix.view(shape.n_head_kv, batch, group, p).transpose(0, 1)
+    to_own = torch.matmul(q, key.transpose(2, 3))  # (batch, n_head_kv, group, width)
+    to_own = to_own.float() + hide[:, None, None]
+    weights = torch.cat([to_prefix.float(), to_own], dim=-1).softmax(-1).to(base.dtype)
+    from_own = torch.matmul(weights[..., p:], value)
+    w = weights[..., :p].transpose(0, 1).reshape(shape.n_head_kv, batch * group, p)
+    from_prefix = torch.bmm(w, prefix.value).view(shape.n_head_kv, batch, group, shape.head_dim)
+    return (from_own + from_prefix.transpose(0, 1)).reshape(batch, -1)
+
+
+def greedy(
+    base: Base,
+    prompts: list[list[int]],
+    prefix: list[KeyValue],
+    max_tokens: int,
+    stop: set[int],
+    progress: Callable[[int], None],
+) -> list[list[int]]:
+    """Greedy replies of at most `max_tokens`, the stop token included where it was reached.
+
+    `progress` is told how many tokens each step wrote.
+    """
+    widest = max(len(p) for p in prompts)
+    cache = _Cache(base, len(prompts), widest + max_tokens)
+    token = _first_tokens(base, prompts, prefix, cache)
+    replies: list[list[int]] = [[] for _ in prompts]
+    alive = torch.arange(len(prompts))
+    length = torch.tensor([len(p) for p in prompts])  # cells used by each living sequence
+    prefix_length = prefix[0].key.shape[1]
+    columns = torch.arange(widest + max_tokens)
+    for step in range(max_tokens):
+        for i, t in zip(alive.tolist(), token.tolist(), strict=True):
+            replies[i].append(t)
+        progress(len(alive))
+        going = torch.tensor([t not in stop for t in token.tolist()])
+        if step + 1 == max_tokens or not going.any():
+            break
+        if going.sum() < len(going):  # drop what has ended
+            rows = going.nonzero()[:, 0]
+            cache.keep(rows)
+            alive, token, length = alive[rows], token[rows], length[rows]
+        batch = torch.arange(len(alive))
+        width = int(length.max()) + 1
+        hide = torch.zeros(len(alive), width).masked_fill(
+            columns[:width] > length[:, None], float("-inf")
+        )
+        stream = base.embedding[token].float()
+        rotation = base.rotation(length + prefix_length)
+        for index in range(base.shape.n_layer):
+            layer = base.layer(index)
+            hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
+            query, key, value = project_qkv(base, layer, hidden, rotation)
+            cache.keys[index][batch, :, length] = key
+            cache.values[index][batch, :, length] = value
+            attended = _attend_step(
+                base,
+                query,
+                cache.keys[index][:, :, :width],
+                cache.values[index][:, :, :width],
+                prefix[index],
+                hide,
+            )
+            stream += F.linear(attended, layer.attn_output)
+            stream += F.linear(feed_forward(base, layer, stream), layer.ffn_down)
+        token = base.logits(stream).argmax(-1)
+        length = length + 1
+    return replies

@@ -1,0 +1,1 @@
+"""The bundled manifestos, plain Markdown."""

@@ -1,0 +1,177 @@
+"""Adapter files (GGUF LoRA): written, read, and checked against a base before C++ sees them.
+
+Knows the file format and Superego's metadata keys. Does not know how an adapter was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from superego.atomic import replacing
+from superego.base import BaseModel
+from superego.errors import SuperegoError
+from superego.gguf_file import Header, TensorInfo, read_header
+
+PREFIX = "superego."
+# One pair a weight matrix: A (r, in), B (out, r), numpy order.
+Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file whose own structure has been checked."""
+
+    path: Path
+    header: Header
+    pairs: dict[str, tuple[TensorInfo, TensorInfo]]  # base tensor name -> (A, B)
+
+    @property
+    def alpha(self) -> float:
+        """`adapter.lora.alpha`; 0 means that llama.cpp applies the user's scale alone."""
+        return float(self.header.metadata.get("adapter.lora.alpha", 0.0))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its pairs."""
+        return max(a.shape[0] for a, _ in self.pairs.values())
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Superego's metadata, without its prefix."""
+        return {
+            key.removeprefix(PREFIX): value
+            for key, value in self.header.metadata.items()
+            if key.startswith(PREFIX)
+        }
+
+    @property
+    def name(self) -> str:
+        """`general.name`, else the file's stem."""
+        return self.header.text("general.name") or self.path.stem
+
+
+def write_adapter(
+    path: Path, architecture: str, pairs: Pairs, metadata: Mapping[str, str | int | float]
+) -> None:
+    """Write a GGUF LoRA with F16 tensors, atomically; raises SuperegoError.
+
+    alpha equals the rank, so that llama.cpp's alpha/rank is 1 and `scale` is the user's.
+    `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32).
+    """
+    ranks = {a.shape[0] for a, _ in pairs.values()}
+    if len(ranks) != 1:
+        raise ValueError(f"pairs of different ranks {sorted(ranks)} cannot share one alpha")
+    with replacing(path) as temporary:
+        writer = GGUFWriter(temporary, architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(ranks.pop()))  # a u32 aborts llama.cpp
+        for key, value in metadata.items():
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            else:
+                writer.add_float32(key, value)
+        for name, (a, b) in pairs.items():
+            for suffix, matrix in (("a", a), ("b", b)):
+                half = np.ascontiguousarray(matrix, dtype=np.float16)
+                if not np.isfinite(half).all():
+                    raise SuperegoError(f"{path}: {name}.lora_{suffix} overflows float16")
+                writer.add_tensor(f"{name}.lora_{suffix}", half)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter and check everything that does not need a base; raises SuperegoError."""
+    header = read_header(path)
+    if header.text("general.type", "model") != "adapter":
+        raise SuperegoError(
+            f"{path}: general.type is '{header.text('general.type', 'model')}', expected "
+            "'adapter'; this is not a LoRA adapter"
+        )
+    if header.text("adapter.type") != "lora":
+        raise SuperegoError(f"{path}: adapter.type is '{header.text('adapter.type')}', not 'lora'")
+    alpha = header.metadata.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float):
+        raise SuperegoError(
+            f"{path}: adapter.lora.alpha is {alpha!r}, expected a float32 "
+            "(llama.cpp aborts on any other type)"
+        )
+    halves: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in header.tensors.items():
+        stem, _, suffix = name.rpartition(".lora_")
+        if suffix not in ("a", "b") or not stem:
+            raise SuperegoError(
+                f"{path}: tensor '{name}' is neither <base tensor>.lora_a nor .lora_b"
+            )
+        if tensor.type not in _FLOATS or len(tensor.shape) != 2:
+            raise SuperegoError(
+                f"{path}: tensor '{name}' is {tensor.type.name} {tensor.shape}, expected a "
+                "two-dimensional F32, F16 or BF16 matrix"
+            )
+        halves.setdefault(stem, {})[suffix] = tensor
+    lonely = sorted(stem for stem, found in halves.items() if len(found) != 2)
+    if lonely:
+        raise SuperegoError(f"{path}: {', '.join(lonely[:4])}: has only one of lora_a and lora_b")
+    if not halves:
+        raise SuperegoError(f"{path}: holds no LoRA tensors")
+    return Adapter(path, header, {stem: (found["a"], found["b"]) for stem, found in halves.items()})
+
+
+def mismatches(adapter: Adapter, base: Header) -> list[str]:
+    """Everything that keeps this adapter from fitting this base: expected and found."""
+    found = []
+    if adapter.header.text("general.architecture") != base.text("general.architecture"):
+        found.append(
+            f"architecture: the adapter is for '{adapter.header.text('general.architecture')}', "
+            f"the base is '{base.text('general.architecture')}'"
+        )
+    for name, (a, b) in sorted(adapter.pairs.items()):
+        target = base.tensors.get(name)
+        if target is None:
+            found.append(f"{name}: the base has no such tensor")
+            continue
+        if a.shape[0] != b.shape[1]:
+            found.append(f"{name}: lora_a has rank {a.shape[0]}, lora_b {b.shape[1]}")
+        if target.shape != (b.shape[0], a.shape[1]):
+            found.append(
+                f"{name}: the adapter is for (out, in) = {(b.shape[0], a.shape[1])}, "
+                f"the base has {target.shape}"
+            )
+        if name == "token_embd.weight" or (
+            name == "output.weight" and "output.weight" not in base.tensors
+        ):
+            found.append(f"{name}: llama.cpp cannot apply a LoRA to a tied embedding")
+    return found
+
+
+def check_fit(adapter: Adapter, base: Header) -> None:
+    """Raise SuperegoError with every mismatch between an adapter and a base."""
+    found = mismatches(adapter, base)
+    if found:
+        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+        raise SuperegoError(
+            f"{adapter.path}: was made for another base than {base.path}: "
+            + "; ".join(found[:6])
+            + more
+            + "; compile the manifesto for this base"
+        )
+
+
+def same_weights(adapter: Adapter, base: BaseModel) -> bool | None:
+    """Whether the adapter was made from exactly this file; None where it does not say."""
+    recorded = adapter.own.get("base.fingerprint")
+    return None if recorded is None else recorded == base.fingerprint

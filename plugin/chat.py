@@ -1,0 +1,65 @@
+"""Chat with a base and its personas: streaming replies in llama.cpp.
+
+Knows messages, sampling and streaming. Does not know how the personas were made.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from superego.errors import SuperegoError
+from superego.runtime import stop_tokens, tokenize
+from superego.template import ChatTemplate, Message
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+
+class Chat:
+    """A conversation with a live model; what was said stays until `clear`."""
+
+    def __init__(self, llm: Llama, template: ChatTemplate, system: str | None = None) -> None:
+        self._llm = llm
+        self._template = template
+        self._stop = stop_tokens(llm)
+        self._front: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = []
+
+    def clear(self) -> None:
+        """Forget the conversation, keep the system message."""
+        self.messages.clear()
+
+    def reply(self, message: str, max_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
+        """Stream the reply to a message; both join the conversation when it ends.
+
+        Raises SuperegoError where the conversation no longer fits the context.
+        """
+        turn: Message = {"role": "user", "content": message}
+        text = self._template.render([*self._front, *self.messages, turn])
+        tokens = tokenize(self._llm, text)
+        room = self._llm.n_ctx() - len(tokens)
+        if room < 1:
+            raise SuperegoError(
+                f"conversation of {len(tokens)} tokens does not fit the context of "
+                f"{self._llm.n_ctx()}; start anew or give a larger --n-ctx"
+            )
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        said: list[str] = []
+        count = 0
+        for token in self._llm.generate(tokens, temp=temperature, top_p=0.95, min_p=0.05):
+            if token in self._stop:
+                break
+            piece = decoder.decode(self._llm.detokenize([token], special=False))
+            if piece:
+                said.append(piece)
+                yield piece
+            count += 1
+            if count >= min(max_tokens, room):
+                break
+        rest = decoder.decode(b"", final=True)
+        if rest:
+            said.append(rest)
+            yield rest
+        self.messages += [turn, {"role": "assistant", "content": "".join(said)}]

@@ -1,0 +1,386 @@
+"""The command line: parses arguments, calls one function a command, shows what came out.
+
+Knows options and output. Holds no logic of its own. stdout is data, stderr progress.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import superego
+from superego.adapter import Adapter, check_fit, mismatches, read_adapter, same_weights
+from superego.base import BaseModel, open_base
+from superego.errors import SuperegoError
+from superego.manifesto import read_manifesto
+from superego.personas import bundled, find_manifesto
+from superego.progress import Steps
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Turns SuperegoError into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SuperegoError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("Interrupted: nothing was written.", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            # the reader of our stdout is gone; keep Python from complaining at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+def _base_option(command: F) -> F:
+    return click.option(
+        "--base",
+        required=True,
+        metavar="BASE",
+        help="A GGUF file, 'smollm2' (extra demo) or 'ollama:NAME[:TAG]'.",
+    )(command)
+
+
+_threads = click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Processors to use; all by default."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(superego.__version__, prog_name="superego")
+def main() -> None:
+    """Give a quantized local language model an identity made from one document."""
+
+
+@main.command()
+@click.argument("manifesto")
+@_base_option
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
+@click.option(
+    "--effort", type=click.Choice(["quick", "standard", "thorough"]), default="standard",
+    show_default=True, help="How many references and how much solving.",
+)
+@click.option("--rank", type=click.IntRange(1, 512), help="Rank of the adapter.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@_threads
+@_json
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would cost.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor write cached references.")
+def compile(
+    manifesto: str,
+    base: str,
+    output: Path,
+    effort: str,
+    rank: int | None,
+    seed: int,
+    threads: int | None,
+    as_json: bool,
+    dry_run: bool,
+    no_cache: bool,
+) -> None:
+    """Compute a GGUF LoRA adapter from MANIFESTO (a file or a bundled persona's name)."""
+    text = find_manifesto(manifesto)
+    model = open_base(base)
+    compiler = _converter("compile")
+    settings = compiler.Settings.for_effort(effort, rank=rank, seed=seed)
+    if dry_run:
+        plan = compiler.plan(text, model, settings, threads)
+        click.echo(json.dumps(plan, indent=2) if as_json else _lines(plan))
+        return
+    with Steps() as steps:
+        result = compiler.compile_manifesto(
+            text, model, output, settings, threads=threads, use_cache=not no_cache, steps=steps
+        )
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        click.echo(_lines(result))
+    click.echo(
+        f"Use it:\n  superego chat --base {base} --persona {output}\n"
+        f"  llama-server -m {model.path} --lora {output} -cram 0",
+        err=True,
+    )
+
+
+@main.command()
+@_base_option
+@click.option(
+    "--persona", "personas", multiple=True, metavar="FILE[:SCALE]",
+    help="An adapter, with a scale if not 1; may be given several times.",
+)
+@click.option("--system", metavar="FILE", help="A manifesto to use as the system message.")
+@click.option("--message", help="Answer this one message and stop.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
+@_threads
+def chat(
+    base: str,
+    personas: tuple[str, ...],
+    system: str | None,
+    message: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    n_ctx: int,
+    threads: int | None,
+) -> None:
+    """Talk with a base, its personas on or off. Interactive unless --message is given."""
+    from superego.chat import Chat
+    from superego.runtime import load
+    from superego.template import ChatTemplate
+
+    model = open_base(base)
+    wanted = [_persona(text) for text in personas]
+    for adapter, _ in wanted:
+        check_fit(adapter, model.header)
+        _warn_other_weights(adapter, model)
+    template = ChatTemplate(model.header)
+    front = find_manifesto(system).body if system else None
+    llm = load(model, n_ctx=n_ctx, threads=threads, seed=seed)
+    with ExitStack() as stack:
+        for adapter, scale in wanted:
+            stack.enter_context(superego.attach(llm, adapter.path, scale))
+        talk = Chat(llm, template, front)
+        if message is not None:
+            _say(talk.reply(message, max_tokens, temperature))
+            return
+        click.echo("Type a message; /clear forgets, /quit or Ctrl-D leaves.", err=True)
+        for line in _typed():
+            if line == "/quit":
+                return
+            if line == "/clear":
+                talk.clear()
+            elif line:
+                try:
+                    _say(talk.reply(line, max_tokens, temperature))
+                except KeyboardInterrupt:
+                    click.echo()  # stops this reply, not the chat
+                except SuperegoError as error:
+                    click.echo(f"Error: {error}", err=True)
+
+
+@main.command()
+@click.argument("adapter")
+@_base_option
+@click.option(
+    "--prompts", type=click.Path(path_type=Path),
+    help="User messages, one a line; the bundled held-out ones by default.",
+)
+@click.option(
+    "--against", metavar="FILE", help="Another persona's adapter, for specificity."
+)
+@click.option("--max-tokens", type=click.IntRange(1, 4096), default=48, show_default=True)
+@_threads
+@_json
+def evaluate(
+    adapter: str,
+    base: str,
+    prompts: Path | None,
+    against: str | None,
+    max_tokens: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure ADAPTER[:SCALE] beside its manifesto as system message, in llama.cpp."""
+    from superego.evaluate import evaluate as measure
+
+    model = open_base(base)
+    checked = [_persona(text) for text in (adapter, against) if text]
+    for each, _ in checked:
+        check_fit(each, model.header)
+        _warn_other_weights(each, model)
+    manifesto = checked[0][0].own.get("manifesto")
+    if not isinstance(manifesto, str):
+        raise SuperegoError(
+            f"{checked[0][0].path}: holds no superego.manifesto to compare with; "
+            "evaluate needs an adapter that superego made"
+        )
+    messages = _lines_of(prompts) if prompts else None
+    with Steps() as steps:
+        reports = measure(
+            model, manifesto, checked, messages, max_tokens, threads,
+            lambda done, total: steps.update("evaluating in llama.cpp", done, total),
+        )
+    report = reports[0]
+    specificity = (
+        report.kl_recovered.value - reports[1].kl_recovered.value if against else None
+    )
+    if as_json:
+        click.echo(json.dumps({**report.as_dict(), "specificity": specificity}, indent=2))
+        return
+    low_high = f"({report.kl_recovered.low:.3f} to {report.kl_recovered.high:.3f})"
+    rows: dict[str, object] = {
+        "KL recovered": f"{report.kl_recovered.value:.3f} {low_high}",
+        "KL to the system message": f"{report.kl_adapter:.4f}, bare base {report.kl_base:.4f}",
+        "top-1 agreement": f"{report.top1_adapter:.3f}, bare base {report.top1_base:.3f}",
+        "off-target drift": f"{report.drift_adapter:.4f}, system message {report.drift_system:.4f}",
+        "adapter + system message": f"KL {report.kl_with_system:.4f}, "
+        f"top-1 {report.top1_with_system:.3f}",
+        "prompt tokens saved": report.prompt_tokens_saved,
+        "measured on": f"{report.prompts} prompts, {report.tokens} reply tokens",
+    }
+    if specificity is not None:
+        rows["specificity"] = f"{specificity:.3f}"
+    click.echo(_lines(rows))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--base", metavar="BASE", help="Also say whether it fits this base.")
+@_json
+def inspect(file: Path, base: str | None, as_json: bool) -> None:
+    """Show what is in an adapter, and whether it fits a base."""
+    adapter = read_adapter(file)
+    info: dict[str, Any] = {
+        "file": str(file),
+        "bytes": adapter.header.size,
+        "name": adapter.name,
+        "architecture": adapter.header.text("general.architecture"),
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "matrices": len(adapter.pairs),
+        "metadata": {
+            key: value
+            for key, value in adapter.header.metadata.items()
+            if key.startswith(("general.", "adapter.", "superego."))
+        },
+    }
+    if base:
+        model = open_base(base)
+        info["mismatches"] = mismatches(adapter, model.header)
+        info["fits"] = not info["mismatches"]
+        info["made from this file"] = same_weights(adapter, model)
+    if as_json:
+        click.echo(json.dumps(info, indent=2))
+        return
+    metadata = info.pop("metadata")
+    click.echo(_lines(info))
+    click.echo(_lines(metadata))
+
+
+@main.command()
+@_json
+@click.option("--show", metavar="NAME", help="Print one manifesto as it is given to the model.")
+def personas(as_json: bool, show: str | None) -> None:
+    """List the bundled personas; their names can be given to compile and chat --system."""
+    found = bundled()
+    if show is not None:
+        if show not in found:
+            raise SuperegoError(f"no bundled persona '{show}'; there are {', '.join(found)}")
+        click.echo(found[show].body)
+    elif as_json:
+        rows = [
+            {
+                "name": p.name, "description": p.description, "version": p.version,
+                "license": p.license, "examples": p.examples, "sha256": p.sha256,
+            }
+            for p in found.values()
+        ]
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        click.echo(_lines({p.name: p.description for p in found.values()}))
+
+
+def _converter(name: str) -> Any:
+    """A converters module; they need torch, which the run-time side does without."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"superego.converters.{name}")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("superego"):
+            raise
+        raise SuperegoError(
+            f"this command needs {error.name}, which is not installed; "
+            "pip install 'superego[convert]'"
+        ) from None
+
+
+def _persona(text: str) -> tuple[Adapter, float]:
+    """FILE or FILE:SCALE; a name with a colon of its own is taken as it is if it exists."""
+    path, _, scale = text.rpartition(":")
+    if Path(text).exists() or not path:
+        return read_adapter(Path(text)), 1.0
+    try:
+        value = float(scale)
+    except ValueError:
+        return read_adapter(Path(text)), 1.0
+    if not -100 <= value <= 100:
+        raise SuperegoError(f"{text}: scale {scale} is not between -100 and 100")
+    return read_adapter(Path(path)), value
+
+
+def _warn_other_weights(adapter: Adapter, model: BaseModel) -> None:
+    if same_weights(adapter, model) is False:
+        click.echo(
+            f"Note: {adapter.path} fits {model.path} but was made from a file with other "
+            "weights; expect less. Compile it for this base.",
+            err=True,
+        )
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuperegoError(f"{path}: cannot be read as text: {error}") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise SuperegoError(f"{path}: holds no prompts (expected one a line)")
+    return found
+
+
+def _say(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@contextmanager
+def _readline() -> Iterator[None]:
+    with ExitStack():
+        try:
+            import readline  # noqa: F401  line editing, where the platform has it
+        except ImportError:
+            pass
+        yield
+
+
+def _typed() -> Iterator[str]:
+    with _readline():
+        while True:
+            try:
+                yield input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+
+
+def _lines(values: dict[str, Any]) -> str:
+    width = max((len(str(k)) for k in values), default=0)
+    return "\n".join(f"{k!s:<{width}}  {_value(v)}" for k, v in values.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "none"
+    return str(value)

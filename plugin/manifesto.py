@@ -1,0 +1,137 @@
+"""Manifestos: Markdown with optional YAML front matter, read and checked.
+
+Knows the document's form. Does not know about models, tokens or adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from superego.errors import SuperegoError
+
+MAX_BYTES = 1_000_000  # beyond any context; refused before it is decoded
+
+
+class FrontMatter(BaseModel):
+    """What the front matter may say; unknown keys are refused so that typos are seen."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    description: str = ""
+    version: str = ""
+    license: str = ""
+    examples: list[str] = []
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, (int, float)) else value
+
+
+@dataclass(frozen=True)
+class Manifesto:
+    """A manifesto: its body is the system message, word for word."""
+
+    name: str
+    body: str
+    description: str = ""
+    version: str = ""
+    license: str = ""
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the body alone: what the model reads."""
+        return hashlib.sha256(self.body.encode()).hexdigest()
+
+
+def read_manifesto(path: Path) -> Manifesto:
+    """Read a manifesto file; raises SuperegoError for what cannot be one."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise SuperegoError(f"{path}: no such file (expected a Markdown manifesto)") from None
+    except OSError as error:
+        raise SuperegoError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise SuperegoError(
+            f"{path}: manifesto is over {MAX_BYTES:,} bytes; a manifesto must fit the context"
+        )
+    if raw.startswith(b"GGUF"):
+        raise SuperegoError(f"{path}: this is a GGUF file; a manifesto is plain text")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SuperegoError(
+            f"{path}: not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start}); "
+            "save the manifesto as UTF-8"
+        ) from None
+    control = next((c for c in text if ord(c) < 32 and c not in "\n\r\t\f"), None)
+    if control is not None:
+        offset = text.index(control)
+        raise SuperegoError(
+            f"{path}: looks binary (control character {control!r} at character {offset}); "
+            "a manifesto is plain text"
+        )
+    return parse_manifesto(text, default_name=path.stem, where=str(path))
+
+
+def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> Manifesto:
+    """Split front matter from body; raises SuperegoError naming `where`."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    front = FrontMatter()
+    if lines[0].rstrip() == "---":
+        end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
+        if end is None:
+            raise SuperegoError(
+                f"{where}: front matter opens with '---' on line 1 but is never closed; "
+                "add a line '---' after it"
+            )
+        front = _front_matter("\n".join(lines[1:end]), where)
+        lines = lines[end + 1 :]
+    body = "\n".join(lines).strip()
+    if not body:
+        raise SuperegoError(f"{where}: the manifesto is empty; write what the persona believes")
+    return Manifesto(
+        name=front.name or default_name,
+        body=body,
+        description=front.description,
+        version=front.version,
+        license=front.license,
+        examples=front.examples,
+    )
+
+
+def _front_matter(text: str, where: str) -> FrontMatter:
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        # +2: the mark counts from zero, and the opening '---' is line 1
+        line = f" on line {mark.line + 2}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise SuperegoError(f"{where}: front matter is broken{line}: {problem}") from None
+    except (RecursionError, ValueError) as error:
+        raise SuperegoError(f"{where}: front matter is broken: {error}") from None
+    if loaded is None:
+        return FrontMatter()
+    if not isinstance(loaded, dict):
+        raise SuperegoError(
+            f"{where}: front matter must be 'key: value' lines, found a {type(loaded).__name__}"
+        )
+    try:
+        return FrontMatter.model_validate(loaded)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(FrontMatter.model_fields)
+        raise SuperegoError(
+            f"{where}: front matter key '{key}': {first['msg'].lower()} (keys: {known})"
+        ) from None

@@ -1,0 +1,79 @@
+"""Loads a base in llama.cpp and turns text into tokens.
+
+Knows llama-cpp-python. Does not know about manifestos or measures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING, Any
+
+from superego.base import BaseModel
+from superego.errors import SuperegoError
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+_callbacks: list[Any] = []  # ctypes callbacks must outlive their registration
+
+
+def default_threads() -> int:
+    """Processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+
+
+def _quiet() -> None:
+    """Silence llama.cpp's log: one warning per adapter tensor is no news to a user."""
+    import llama_cpp
+
+    if not _callbacks:
+        callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        _callbacks.append(callback)
+        llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+
+
+def load(
+    base: BaseModel,
+    n_ctx: int = 4096,
+    threads: int | None = None,
+    gpu_layers: int = -1,
+    vocab_only: bool = False,
+    seed: int = 0,
+) -> Llama:
+    """A `llama_cpp.Llama` on this base; raises SuperegoError where llama.cpp cannot load it.
+
+    Flash attention is on, as stock llama.cpp has it. `gpu_layers` -1 means all, which has
+    an effect only where llama.cpp was built for a GPU (Metal on macOS).
+    """
+    import llama_cpp
+
+    _quiet()
+    try:
+        return llama_cpp.Llama(
+            str(base.path),
+            n_ctx=n_ctx,
+            n_threads=threads or default_threads(),
+            n_threads_batch=threads or default_threads(),
+            n_gpu_layers=gpu_layers,
+            vocab_only=vocab_only,
+            flash_attn=True,
+            seed=seed,
+            verbose=False,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SuperegoError(f"{base.path}: llama.cpp cannot load it: {error}") from None
+
+
+def tokenize(llm: Llama, text: str) -> list[int]:
+    """Tokens of text that a chat template rendered: special tokens parsed, none added."""
+    return llm.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def stop_tokens(llm: Llama) -> set[int]:
+    """Every token that ends a reply."""
+    import llama_cpp
+
+    vocab = llm._model.vocab
+    return {t for t in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, t)}
