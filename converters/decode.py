@@ -112,7 +112,7 @@ def greedy(
 ) -> list[list[int]]:
     """Greedy replies of at most `max_tokens`, the stop token included where it was reached.
 
-    `progress` is told how many tokens each step wrote.
+    `progress` is told the number of steps taken.
     """
     widest = max(len(p) for p in prompts)
     cache = _Cache(base, len(prompts), widest + max_tokens)
@@ -125,7 +125,7 @@ def greedy(
     for step in range(max_tokens):
         for i, t in zip(alive.tolist(), token.tolist(), strict=True):
             replies[i].append(t)
-        progress(len(alive))
+        progress(step + 1)
         going = torch.tensor([t not in stop for t in token.tolist()])
         if step + 1 == max_tokens or not going.any():
             break

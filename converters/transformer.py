@@ -156,6 +156,11 @@ def _pairs_to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return rows.view(n // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(n, width)
 
 
+def read_shape_of(path: Path) -> Shape:
+    """As `read_shape`, from a file."""
+    return read_shape(GGUFReader(path))
+
+
 def read_shape(reader: GGUFReader) -> Shape:
     """Sizes from the metadata; raises SuperegoError for what the walk cannot do."""
 

@@ -82,7 +82,8 @@ def write_adapter(
                 writer.add_float32(key, value)
         for name, (a, b) in pairs.items():
             for suffix, matrix in (("a", a), ("b", b)):
-                half = np.ascontiguousarray(matrix, dtype=np.float16)
+                with np.errstate(over="ignore"):  # checked on the next line
+                    half = np.ascontiguousarray(matrix, dtype=np.float16)
                 if not np.isfinite(half).all():
                     raise SuperegoError(f"{path}: {name}.lora_{suffix} overflows float16")
                 writer.add_tensor(f"{name}.lora_{suffix}", half)

@@ -76,9 +76,7 @@ class _Model:
         import llama_cpp
 
         llm = self.llm()
-        pointer = llama_cpp.llama_adapter_lora_init(
-            llm._model.model, str(adapter.path).encode()
-        )
+        pointer = llama_cpp.llama_adapter_lora_init(llm._model.model, str(adapter.path).encode())
         if not pointer:  # a null POINTER is falsy but is not None
             raise SuperegoError(f"{adapter.path}: llama.cpp could not load the adapter")
         attachment = Attachment(self, adapter, pointer, scale)

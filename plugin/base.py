@@ -110,8 +110,7 @@ def open_base(base: str) -> BaseModel:
     pooling = header.metadata.get(f"{architecture}.pooling_type", 0)
     if architecture in _EMBEDDING_ARCHITECTURES or pooling:
         raise SuperegoError(
-            f"{path}: '{architecture}' is an embedding model: it writes no text; "
-            "give a chat model"
+            f"{path}: '{architecture}' is an embedding model: it writes no text; give a chat model"
         )
     if int(header.metadata.get("split.count", 0) or 0) > 1:
         raise SuperegoError(

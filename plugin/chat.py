@@ -6,6 +6,7 @@ Knows messages, sampling and streaming. Does not know how the personas were made
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -47,17 +48,14 @@ class Chat:
             )
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         said: list[str] = []
-        count = 0
-        for token in self._llm.generate(tokens, temp=temperature, top_p=0.95, min_p=0.05):
+        stream = self._llm.generate(tokens, temp=temperature, top_p=0.95, min_p=0.05)
+        for token in itertools.islice(stream, min(max_tokens, room)):
             if token in self._stop:
                 break
             piece = decoder.decode(self._llm.detokenize([token], special=False))
             if piece:
                 said.append(piece)
                 yield piece
-            count += 1
-            if count >= min(max_tokens, room):
-                break
         rest = decoder.decode(b"", final=True)
         if rest:
             said.append(rest)

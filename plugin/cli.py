@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,8 @@ import click
 import superego
 from superego.adapter import Adapter, check_fit, mismatches, read_adapter, same_weights
 from superego.base import BaseModel, open_base
+from superego.bundled import bundled, find_manifesto
 from superego.errors import SuperegoError
-from superego.manifesto import read_manifesto
-from superego.personas import bundled, find_manifesto
 from superego.progress import Steps
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,8 +69,11 @@ def main() -> None:
 @_base_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
 @click.option(
-    "--effort", type=click.Choice(["quick", "standard", "thorough"]), default="standard",
-    show_default=True, help="How many references and how much solving.",
+    "--effort",
+    type=click.Choice(["quick", "standard", "thorough"]),
+    default="standard",
+    show_default=True,
+    help="How many references and how much solving.",
 )
 @click.option("--rank", type=click.IntRange(1, 512), help="Rank of the adapter.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
@@ -118,7 +120,10 @@ def compile(
 @main.command()
 @_base_option
 @click.option(
-    "--persona", "personas", multiple=True, metavar="FILE[:SCALE]",
+    "--persona",
+    "personas",
+    multiple=True,
+    metavar="FILE[:SCALE]",
     help="An adapter, with a scale if not 1; may be given several times.",
 )
 @click.option("--system", metavar="FILE", help="A manifesto to use as the system message.")
@@ -178,12 +183,11 @@ def chat(
 @click.argument("adapter")
 @_base_option
 @click.option(
-    "--prompts", type=click.Path(path_type=Path),
+    "--prompts",
+    type=click.Path(path_type=Path),
     help="User messages, one a line; the bundled held-out ones by default.",
 )
-@click.option(
-    "--against", metavar="FILE", help="Another persona's adapter, for specificity."
-)
+@click.option("--against", metavar="FILE", help="Another persona's adapter, for specificity.")
 @click.option("--max-tokens", type=click.IntRange(1, 4096), default=48, show_default=True)
 @_threads
 @_json
@@ -213,13 +217,16 @@ def evaluate(
     messages = _lines_of(prompts) if prompts else None
     with Steps() as steps:
         reports = measure(
-            model, manifesto, checked, messages, max_tokens, threads,
+            model,
+            manifesto,
+            checked,
+            messages,
+            max_tokens,
+            threads,
             lambda done, total: steps.update("evaluating in llama.cpp", done, total),
         )
     report = reports[0]
-    specificity = (
-        report.kl_recovered.value - reports[1].kl_recovered.value if against else None
-    )
+    specificity = report.kl_recovered.value - reports[1].kl_recovered.value if against else None
     if as_json:
         click.echo(json.dumps({**report.as_dict(), "specificity": specificity}, indent=2))
         return
@@ -286,8 +293,12 @@ def personas(as_json: bool, show: str | None) -> None:
     elif as_json:
         rows = [
             {
-                "name": p.name, "description": p.description, "version": p.version,
-                "license": p.license, "examples": p.examples, "sha256": p.sha256,
+                "name": p.name,
+                "description": p.description,
+                "version": p.version,
+                "license": p.license,
+                "examples": p.examples,
+                "sha256": p.sha256,
             }
             for p in found.values()
         ]
@@ -352,23 +363,14 @@ def _say(pieces: Iterator[str]) -> None:
     click.echo()
 
 
-@contextmanager
-def _readline() -> Iterator[None]:
-    with ExitStack():
-        try:
-            import readline  # noqa: F401  line editing, where the platform has it
-        except ImportError:
-            pass
-        yield
-
-
 def _typed() -> Iterator[str]:
-    with _readline():
-        while True:
-            try:
-                yield input("> " if sys.stdin.isatty() else "").strip()
-            except EOFError:
-                return
+    with suppress(ImportError):
+        import readline  # noqa: F401  line editing, where the platform has it
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
 
 
 def _lines(values: dict[str, Any]) -> str:

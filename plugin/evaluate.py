@@ -222,8 +222,6 @@ def _drift(
     adapters: Sequence[tuple[Adapter, float]],
 ) -> list[float]:
     """KL(0‖T), then KL(0‖S) of every adapter, at the token after plain neutral text."""
-    first = base.header.metadata.get("tokenizer.ggml.bos_token_id")
-    bos = [first] if base.header.metadata.get("tokenizer.ggml.add_bos_token") else []
     texts = [tokenize(llm, text) for text in bundled("neutral")]
     widest = max(map(len, texts))
 
@@ -236,7 +234,9 @@ def _drift(
 
     # Without a chat around it: plain text behind a begin token (or a newline where the
     # model has none), and for T behind the rendered system message.
-    plain = bos or tokenize(llm, "\n")
+    bos = base.header.metadata.get("tokenizer.ggml.bos_token_id")
+    wanted = base.header.metadata.get("tokenizer.ggml.add_bos_token")
+    plain = [bos] if wanted and isinstance(bos, int) else tokenize(llm, "\n")
     with ParallelContext(llm, plain, _GROUP, widest, adapters) as context:
         context.set_scales(_one_hot(-1, adapters))
         bare = after(context)
@@ -277,6 +277,4 @@ def run_cost(
             next(stream)
         speed.append(16 / (time.perf_counter() - start))
         length.append(len(tokens))
-    return Cost(
-        int(np.median(length)), float(np.median(first)), float(np.median(speed))
-    )
+    return Cost(int(np.median(length)), float(np.median(first)), float(np.median(speed)))

@@ -10,7 +10,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _LINE_EVERY = 5.0  # seconds between plain lines of one step
 
@@ -33,7 +40,7 @@ class Steps:
                 console=self._console,
                 transient=True,
             )
-        self._task = None
+        self._task: TaskID | None = None
         self._label = ""
         self._start = self._last = 0.0
 

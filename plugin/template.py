@@ -74,7 +74,15 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, add_generation_prompt=reply, **self._special
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise SuperegoError(f"{self._path}: chat template fails: {error}") from None
 
     def _probe_system_role(self) -> bool:

@@ -1,0 +1,119 @@
+"""The closed form: one walk over the layers, a ridge regression at every residual write.
+
+Knows least squares and rank cuts. Does not know manifestos, files or templates. The
+nearest published relative is layer-by-layer ridge regression of prompt-conditioned
+activations; the rank cut is reduced-rank regression (Izenman 1975).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from superego.converters.streams import (
+    WRITES,
+    Change,
+    Changes,
+    Conversation,
+    Pack,
+    Streams,
+)
+from superego.converters.transformer import Base
+
+_GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
+_ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
+_PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The teacher's and student's shared tokens; the last `common` of both are the same."""
+
+    teacher: list[int]
+    student: list[int]
+
+    @property
+    def common(self) -> int:
+        """Trailing tokens that are the same in both and so have twins to be matched with."""
+        n = 0
+        shortest = min(len(self.teacher), len(self.student))
+        while n < shortest and self.teacher[-1 - n] == self.student[-1 - n]:
+            n += 1
+        return n
+
+
+def solve(
+    base: Base,
+    conversations: Sequence[Conversation],
+    prefixes: Prefixes,
+    rank: int,
+    ridge: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Changes:
+    """Changes of every residual write that make the student's streams the teacher's.
+
+    At each write, with X (n, in) the student's inputs and R (n, d_model) what its stream
+    lacks of the teacher's, ΔW = Rᵀ X (XᵀX + ridge·diag(XᵀX))⁻¹, cut to `rank` and applied
+    before the walk goes on, so that later writes mend what earlier ones left.
+    """
+    teacher = Streams(base, Pack(conversations, prefixes.teacher))
+    student = Streams(base, Pack(conversations, prefixes.student))
+    bare = Streams(base, Pack(conversations[:1], prefixes.student))  # for its prefix alone
+    own = len(prefixes.student) - prefixes.common  # prefix rows without a twin: kept as they are
+    weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
+    changes: Changes = {}
+    for index in range(base.shape.n_layer):
+        layer = base.layer(index)
+        for write in WRITES:
+            matrix = getattr(layer, write)
+            teacher.add(teacher.inputs(layer, write), matrix)
+            bare.add(bare.inputs(layer, write), matrix)
+            inputs = student.inputs(layer, write)
+            student.add(inputs, matrix)
+            rows, prefix = inputs
+            # An attention sink's input is huge; uncapped it would drive the whole fit.
+            norms = prefix[:own].float().norm(dim=1)
+            cap = (_ANCHOR_CAP * rows.float().norm(dim=1).median() / norms).clamp(max=1)
+            scale = torch.cat([weight * cap, torch.full((prefixes.common,), weight)])[:, None]
+            lacking = torch.cat(
+                [
+                    bare.prefix[:own] - student.prefix[:own],
+                    teacher.prefix[len(prefixes.teacher) - prefixes.common :]
+                    - student.prefix[own:],
+                ]
+            )
+            change = fit(
+                torch.cat([rows, (prefix.float() * scale).to(rows.dtype)]),
+                torch.cat([teacher.rows - student.rows, lacking * scale]).to(rows.dtype),
+                rank,
+                ridge,
+            )
+            student.add_change(inputs, change)
+            changes[index, write] = change
+        progress(index + 1, base.shape.n_layer)
+    return changes
+
+
+def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) -> Change:
+    """Reduced-rank ridge regression of `lacking` (n, out) on `inputs` (n, in).
+
+    Products run in the inputs' type, a chunk of rows at a time; sums, the Cholesky solve
+    and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top eigenvectors of
+    ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of.
+    """
+    width, out = inputs.shape[1], lacking.shape[1]
+    gram, cross = torch.zeros(width, width), torch.zeros(out, width)
+    for start in range(0, len(inputs), _GRAM_CHUNK):
+        x, r = inputs[start : start + _GRAM_CHUNK], lacking[start : start + _GRAM_CHUNK]
+        gram += x.T @ x
+        cross += r.T @ x
+    gram = (gram + gram.T) / 2  # chunks rounded to bfloat16 are not quite symmetric
+    diagonal = gram.diagonal()
+    penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
+    factor = torch.linalg.cholesky(gram + torch.diag(penalty))
+    delta = torch.cholesky_solve(cross.T, factor).T  # (out, in)
+    _, vectors = torch.linalg.eigh(delta @ gram @ delta.T)
+    b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
+    return Change((b.T @ delta).contiguous(), b.contiguous())

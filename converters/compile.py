@@ -1,0 +1,252 @@
+"""Compile: a manifesto becomes a GGUF LoRA adapter, without training.
+
+Knows the order of the steps and the settings of each effort. Paths and options in, a
+path out; the command line wraps it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import superego
+from superego.adapter import write_adapter
+from superego.atomic import check_writable
+from superego.base import BaseModel
+from superego.converters.closed_form import solve
+from superego.converters.references import BLOCK, REPLY_TOKENS, prepare, seeds, write_replies
+from superego.converters.streams import Changes, Pack, mean_kl, predictions
+from superego.converters.transformer import Base, probe_dtype, read_shape_of
+from superego.errors import SuperegoError
+from superego.manifesto import Manifesto
+from superego.progress import Steps
+from superego.runtime import default_threads, load
+
+METHOD = "closed-form"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, beside the manifesto and the base."""
+
+    effort: str
+    blocks: int  # of reference conversations
+    unseen: int  # conversations kept from the fit, to measure it
+    rank: int
+    ridge: float
+    seed: int
+
+    @classmethod
+    def for_effort(cls, effort: str, rank: int | None = None, seed: int = 0) -> Settings:
+        """The settings of `quick`, `standard` or `thorough`, with a rank of one's own."""
+        known = {
+            "quick": cls("quick", blocks=1, unseen=16, rank=64, ridge=0.5, seed=seed),
+            "standard": cls("standard", blocks=4, unseen=48, rank=128, ridge=0.5, seed=seed),
+            "thorough": cls("thorough", blocks=9, unseen=64, rank=192, ridge=0.5, seed=seed),
+        }
+        if effort not in known:
+            raise SuperegoError(f"effort '{effort}': expected one of {', '.join(known)}")
+        return known[effort] if rank is None else replace(known[effort], rank=rank)
+
+
+def compile_manifesto(
+    manifesto: Manifesto,
+    model: BaseModel,
+    output: Path,
+    settings: Settings,
+    threads: int | None = None,
+    use_cache: bool = True,
+    steps: Steps | None = None,
+) -> dict[str, Any]:
+    """Write an adapter for `model` to `output`; returns what was done and what it cost.
+
+    Raises SuperegoError for a base or manifesto that cannot be compiled, before any work.
+    """
+    steps = steps or Steps(quiet=True)
+    started = time.perf_counter()
+    check_writable(output)
+    torch.set_num_threads(threads or default_threads())
+    torch.set_grad_enabled(False)
+    llm = load(model, threads=threads, vocab_only=True)
+    prompts = prepare(llm, model, manifesto, seeds(settings.seed), REPLY_TOKENS)
+    dtype, rate = probe_dtype()
+    steps.update("reading the base", 0, 1)
+    base = Base(model.path, dtype, resident=True)
+    for index in range(base.shape.n_layer):
+        base.layer(index)
+        steps.update("reading the base", index + 1, base.shape.n_layer)
+    seconds = {"load": time.perf_counter() - started}
+
+    mark = time.perf_counter()
+    conversations, cached = write_replies(
+        llm,
+        base,
+        model.fingerprint,
+        prompts,
+        settings.blocks,
+        use_cache,
+        lambda done, total: steps.update("writing references", done, total),
+    )
+    seconds["references"] = time.perf_counter() - mark
+
+    mark = time.perf_counter()
+    unseen = conversations[-settings.unseen :]
+    seen = conversations[: -settings.unseen]
+    rank = min(settings.rank, base.shape.d_model)
+    changes = solve(
+        base,
+        seen,
+        prompts.prefixes,
+        rank,
+        settings.ridge,
+        lambda done, total: steps.update("solving layers", done, total),
+    )
+    seconds["fit"] = time.perf_counter() - mark
+
+    mark = time.perf_counter()
+    steps.update("measuring on unseen references", 0, 3)
+    packs = [
+        Pack(unseen, prefix) for prefix in (prompts.prefixes.teacher, prompts.prefixes.student)
+    ]
+    target = predictions(base, packs[0])
+    steps.update("measuring on unseen references", 1, 3)
+    kl_base = mean_kl(base, packs[1], target, predictions(base, packs[1]))
+    steps.update("measuring on unseen references", 2, 3)
+    kl_adapter = mean_kl(base, packs[1], target, predictions(base, packs[1], changes))
+    steps.update("measuring on unseen references", 3, 3)
+    seconds["measure"] = time.perf_counter() - mark
+
+    mark = time.perf_counter()
+    tokens = sum(len(c.prompt) + len(c.reply) for c in conversations)
+    recovered = 1 - kl_adapter / kl_base if kl_base > 0 else 0.0
+    write_adapter(
+        output,
+        model.architecture,
+        pairs(changes),
+        _metadata(manifesto, model, settings, rank, tokens, recovered, dtype),
+    )
+    seconds["write"] = time.perf_counter() - mark
+    seconds["total"] = time.perf_counter() - started
+    rows = sum(len(c.prompt) + len(c.reply) - 1 for c in seen)
+    return {
+        "adapter": str(output),
+        "bytes": output.stat().st_size,
+        "manifesto": manifesto.name,
+        "effort": settings.effort,
+        "rank": rank,
+        "references": len(conversations),
+        "references from cache": cached,
+        "reference tokens": tokens,
+        "kl recovered on unseen references": round(recovered, 4),
+        "kl base": round(kl_base, 4),
+        "kl adapter": round(kl_adapter, 4),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "compute type": str(dtype).removeprefix("torch."),
+        "matmul peak GFLOP/s": round(rate),
+        "fit GFLOP/s": round(fit_operations(base, rows) / seconds["fit"] / 1e9),
+        "peak memory MB": _peak_memory() // 2**20,
+    }
+
+
+def pairs(changes: Changes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Changes under llama.cpp's tensor names: A (r, in), B (out, r)."""
+    return {
+        f"blk.{layer}.{write}.weight": (change.a.numpy(), change.b.numpy())
+        for (layer, write), change in changes.items()
+    }
+
+
+def fit_operations(base: Base, rows: int) -> float:
+    """Multiply-adds of a fit, times two: both forward walks and the Gram matrices."""
+    shape = base.shape
+    heads = shape.n_head * shape.head_dim
+    layer = shape.d_model * shape.head_dim * 2 * (shape.n_head + shape.n_head_kv)
+    layer += 3 * shape.d_model * shape.d_ff
+    gram = sum(width * (width + shape.d_model) for width in (heads, shape.d_ff))
+    return 2.0 * rows * shape.n_layer * (2 * layer + gram)
+
+
+def plan(
+    manifesto: Manifesto, model: BaseModel, settings: Settings, threads: int | None
+) -> dict[str, Any]:
+    """What a compile would do and cost, without doing it. Estimates, from a matmul probe."""
+    torch.set_num_threads(threads or default_threads())
+    shape = read_shape_of(model.path)
+    llm = load(model, threads=threads, vocab_only=True)
+    prompts = prepare(llm, model, manifesto, seeds(settings.seed), REPLY_TOKENS)
+    dtype, rate = probe_dtype()
+    rest = prompts.rest[: settings.blocks * BLOCK]
+    rows = sum(len(r) for r in rest) + len(rest) * REPLY_TOKENS
+    rank = min(settings.rank, shape.d_model)
+    # Shares of the peak that the steps reached on 2 cores with the 135M model.
+    write = 2.0 * shape.n_weights * rows / (rate * 1e9 * 0.25)
+    fit = 6.0 * shape.n_weights * rows / (rate * 1e9 * 0.4)
+    width = 2 if dtype == torch.bfloat16 else 4
+    per_pair = shape.n_head * shape.head_dim + shape.d_ff + 2 * shape.d_model
+    return {
+        "manifesto": manifesto.name,
+        "manifesto tokens": len(prompts.prefixes.teacher),
+        "base": str(model.path),
+        "architecture": shape.architecture,
+        "effort": settings.effort,
+        "rank": rank,
+        "references": len(rest),
+        "reference tokens, at most": rows,
+        "compute type": str(dtype).removeprefix("torch."),
+        "estimated seconds": round(6 + write + fit),
+        "estimated memory MB": round(
+            (shape.n_weights * width + rows * (shape.d_model * 24 + shape.d_ff * 10)) / 2**20 + 400
+        ),
+        "adapter bytes": 2 * rank * shape.n_layer * per_pair,
+    }
+
+
+def _metadata(
+    manifesto: Manifesto,
+    model: BaseModel,
+    settings: Settings,
+    rank: int,
+    tokens: int,
+    recovered: float,
+    dtype: torch.dtype,
+) -> dict[str, str | int | float]:
+    described: dict[str, str | int | float] = {
+        "general.name": manifesto.name,
+        "general.description": manifesto.description,
+        "general.version": manifesto.version,
+        "general.license": manifesto.license,
+        "general.base_model.count": 1,
+        "general.base_model.0.name": model.name,
+        "adapter.lora.task_name": manifesto.name,
+        "superego.version": superego.__version__,
+        "superego.method": METHOD,
+        "superego.manifesto": manifesto.body,
+        "superego.manifesto.sha256": manifesto.sha256,
+        "superego.base.fingerprint": model.fingerprint,
+        "superego.settings": json.dumps(
+            {
+                **asdict(settings),
+                "rank": rank,
+                "reply_tokens": REPLY_TOKENS,
+                "compute": str(dtype).removeprefix("torch."),
+            },
+            sort_keys=True,
+        ),
+        "superego.reference_tokens": tokens,
+        "superego.kl_recovered": recovered,
+    }
+    return {key: value for key, value in described.items() if value != ""}
+
+
+def _peak_memory() -> int:
+    """Bytes this process has held at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

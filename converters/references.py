@@ -1,0 +1,177 @@
+"""Reference conversations: seed messages answered by the teacher itself, cached in blocks.
+
+Knows seeds, rendering and the cache. Does not know what is solved from them. On-policy
+answers matter: other people's answers give a far worse adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+import torch
+
+import superego
+from superego.atomic import replacing
+from superego.base import BaseModel
+from superego.converters.closed_form import Prefixes
+from superego.converters.decode import greedy, prefill
+from superego.converters.streams import Conversation
+from superego.converters.transformer import Base
+from superego.dialogue import Encoded, encode
+from superego.errors import SuperegoError
+from superego.manifesto import Manifesto
+from superego.runtime import stop_tokens
+from superego.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+# Replies are written a block at a time, whatever the effort: a block is the same whether
+# it is the only one or one of many, so that the cache never changes a result.
+BLOCK = 96
+REPLY_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Reference messages as tokens, behind the teacher's and the student's prefix."""
+
+    prefixes: Prefixes
+    rest: list[list[int]]
+
+
+def seeds(seed: int) -> list[str]:
+    """The bundled user messages, in the order that `seed` gives (0: as they are)."""
+    text = importlib.resources.files("superego.converters").joinpath("seeds.txt")
+    lines = [line for line in text.read_text("utf-8").splitlines() if line.strip()]
+    if seed:
+        random.Random(seed).shuffle(lines)
+    return lines
+
+
+def prepare(
+    llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[str], reply_tokens: int
+) -> Prompts:
+    """Render the messages both ways; they must differ in the prefix alone.
+
+    Raises SuperegoError where the manifesto does not fit the context.
+    """
+    template = ChatTemplate(base.header)
+    teacher = encode(llm, template, manifesto.body, messages)
+    student = encode(llm, template, None, messages)
+    longest = max(len(r) for r in teacher.rest) + reply_tokens
+    if base.context_length and len(teacher.prefix) + longest > base.context_length:
+        raise SuperegoError(
+            f"manifesto '{manifesto.name}' is {len(teacher.prefix):,} tokens as this model reads "
+            f"it; with {longest} for a conversation that exceeds the model's context of "
+            f"{base.context_length:,}; shorten the manifesto"
+        )
+    rest = [t for t, s in zip(teacher.rest, student.rest, strict=True) if t == s]
+    if len(rest) < 0.9 * len(messages):
+        raise SuperegoError(
+            f"{base.path}: its chat template renders user messages differently behind a system "
+            "message; Superego cannot match the two"
+        )
+    return Prompts(_movable(teacher, student), rest)
+
+
+def _movable(teacher: Encoded, student: Encoded) -> Prefixes:
+    if not student.prefix:
+        raise SuperegoError("the chat template puts nothing in front of a user message")
+    return Prefixes(teacher.prefix, student.prefix)
+
+
+def cache_folder() -> Path:
+    """Where written references are kept."""
+    return Path(platformdirs.user_cache_dir("superego")) / "references"
+
+
+def write_replies(
+    llm: Llama,
+    base: Base,
+    base_fingerprint: str,
+    prompts: Prompts,
+    n_blocks: int,
+    use_cache: bool,
+    progress: Callable[[int, int], None],
+) -> tuple[list[Conversation], int]:
+    """The first `n_blocks` blocks of prompts with the teacher's greedy replies.
+
+    Returns the conversations in the order of the prompts and how many came from the cache.
+    """
+    stop = stop_tokens(llm)
+    conversations: list[Conversation] = []
+    cached = done = 0
+    blocks = [prompts.rest[i * BLOCK : (i + 1) * BLOCK] for i in range(n_blocks)]
+    blocks = [b for b in blocks if b]
+    total = sum(len(b) for b in blocks) * REPLY_TOKENS
+    prefix = None
+    for block in blocks:
+        path = cache_folder() / f"{_key(base, base_fingerprint, prompts.prefixes, block)}.json"
+        replies = _read(path, len(block), base.shape.n_vocab) if use_cache else None
+        if replies is not None:
+            cached += len(block)
+        else:
+            if prefix is None:
+                prefix = prefill(base, prompts.prefixes.teacher)
+            start = done
+
+            def told(step: int, start: int = start, block: list[list[int]] = block) -> None:
+                progress(start + step * len(block), total)
+
+            order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
+            written = greedy(base, [block[i] for i in order], prefix, REPLY_TOKENS, stop, told)
+            replies = [r for _, r in sorted(zip(order, written, strict=True))]
+            if use_cache:
+                _store(path, replies)
+        done += len(block) * REPLY_TOKENS
+        progress(done, total)
+        conversations += [Conversation(p, r) for p, r in zip(block, replies, strict=True)]
+    return conversations, cached
+
+
+def _key(base: Base, fingerprint: str, prefixes: Prefixes, block: list[list[int]]) -> str:
+    parts = [
+        superego.__version__,
+        torch.__version__,
+        fingerprint,
+        str(base.dtype),
+        REPLY_TOKENS,
+        prefixes.teacher,
+        block,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def _read(path: Path, n: int, n_vocab: int) -> list[list[int]] | None:
+    """A cached block, or None where there is none or it is damaged."""
+    try:
+        replies = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    whole = (
+        isinstance(replies, list)
+        and len(replies) == n
+        and all(
+            isinstance(r, list) and r and all(type(t) is int and 0 <= t < n_vocab for t in r)
+            for r in replies
+        )
+    )
+    return replies if whole else None
+
+
+def _store(path: Path, replies: list[list[int]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(replies))
+    except (OSError, SuperegoError):
+        return  # a cache that cannot be written costs time, not the result

@@ -1,0 +1,144 @@
+"""The layer walk computes what llama.cpp computes, on the same file.
+
+Tolerance: llama.cpp multiplies quantized weights with activations rounded to 8 bits and
+keeps keys and values in 16 bits, the walk multiplies dequantized weights in float32. That
+rounding is what remains; a wrong rotation, norm or permutation gives distances near 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from superego.adapter import read_adapter
+from superego.base import open_base
+from superego.converters.closed_form import Prefixes, solve
+from superego.converters.compile import pairs
+from superego.converters.decode import greedy, prefill
+from superego.converters.streams import Conversation, Pack, mean_kl, predictions
+from superego.converters.transformer import Base
+from superego.errors import SuperegoError
+from superego.logits import ParallelContext
+from superego.runtime import load
+
+TOLERANCE = 0.06  # relative distance of centred logits
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    a = a - a.mean(-1, keepdims=True)
+    b = b - b.mean(-1, keepdims=True)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_tiny_models_agree_with_llama_cpp(tmp_path: Path, architecture: str) -> None:
+    path = tiny_model(tmp_path / "t.gguf", architecture)
+    llm = load(open_base(str(path)), n_ctx=256)
+    rng = np.random.default_rng(3)
+    prefix = rng.integers(3, 259, 12).tolist()
+    texts = [rng.integers(3, 259, n).tolist() for n in (9, 5, 17)]
+    with ParallelContext(llm, prefix, 3, 20) as context:
+        theirs = context.read(texts, [0, 0, 0])
+    base = Base(path, torch.float32, resident=True)
+    # every token is "predicted": a prompt of one token, the rest as its reply
+    pack = Pack([Conversation(t[:1], [*t[1:], 0]) for t in texts], prefix)
+    ours = base.logits(predictions(base, pack)).numpy()
+    order = sorted(range(3), key=lambda i: len(texts[i]))
+    assert distance(np.concatenate([theirs[i] for i in order]), ours) < TOLERANCE
+
+
+def test_smollm2_agrees_with_llama_cpp_bare_and_with_the_written_adapter(
+    llm: Any, smollm2: Any, pirate: Path
+) -> None:
+    """The written file in llama.cpp against the same numbers in the walk."""
+    prefix = llm.tokenize(b"<|im_start|>system\nYou are calm.<|im_end|>\n", False, True)
+    texts = [
+        llm.tokenize(t, False, True)
+        for t in (b"<|im_start|>user\nWhat is rain?<|im_end|>\n", b"<|im_start|>user\nHi")
+    ]
+    adapter = read_adapter(pirate)
+    with ParallelContext(llm, prefix, 2, 40, [(adapter, 1.0)]) as context:
+        with_it = context.read(texts, [0, 0])
+        context.set_scales([0.0])
+        bare = context.read(texts, [0, 0])
+    base = Base(smollm2.path, torch.float32, resident=True)
+    pack = Pack([Conversation(t[:1], [*t[1:], 0]) for t in texts], prefix)
+    changes = changes_of(pirate)
+    order = sorted(range(2), key=lambda i: len(texts[i]))
+    ours = base.logits(predictions(base, pack)).numpy()
+    assert distance(np.concatenate([bare[i] for i in order]), ours) < TOLERANCE
+    ours_with = base.logits(predictions(base, pack, changes)).numpy()
+    assert distance(np.concatenate([with_it[i] for i in order]), ours_with) < TOLERANCE
+    assert distance(ours, ours_with) > 2 * TOLERANCE  # the adapter does something
+
+
+def changes_of(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    from superego.converters.streams import Change
+
+    found = {t.name: torch.from_numpy(np.array(t.data)).float() for t in GGUFReader(path).tensors}
+    return {
+        (int(name.split(".")[1]), name.split(".")[2]): Change(
+            value, found[name.replace("lora_a", "lora_b")]
+        )
+        for name, value in found.items()
+        if name.endswith("lora_a")
+    }
+
+
+def test_greedy_decoding_equals_argmax_over_whole_texts(tmp_path: Path) -> None:
+    base = Base(tiny_model(tmp_path / "t.gguf"), torch.float32, resident=True)
+    rng = np.random.default_rng(5)
+    prefix = rng.integers(3, 259, 7).tolist()
+    prompts = [rng.integers(3, 259, n).tolist() for n in (3, 6, 11)]
+    steps: list[int] = []
+    replies = greedy(base, prompts, prefill(base, prefix), 6, set(), steps.append)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        pack = Pack([Conversation(prompt, reply)], prefix)
+        assert base.logits(predictions(base, pack)).argmax(-1).tolist() == reply
+    stop = {replies[0][2]}
+    stopped = greedy(base, prompts, prefill(base, prefix), 6, stop, steps.append)
+    for reply, whole in zip(stopped, replies, strict=True):
+        end = next((i + 1 for i, t in enumerate(whole) if t in stop), 6)
+        assert reply == whole[:end]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_the_closed_form_recovers_on_what_it_saw(tmp_path: Path, architecture: str) -> None:
+    """At full rank and almost no ridge, the student reproduces the teacher's predictions."""
+    base = Base(tiny_model(tmp_path / "t.gguf", architecture), torch.float32, resident=True)
+    rng = np.random.default_rng(9)
+    prefixes = Prefixes([*rng.integers(3, 259, 20).tolist(), 4, 5], [7, 8, 4, 5])
+    assert prefixes.common == 2
+    talks = [
+        Conversation(rng.integers(3, 259, 5).tolist(), rng.integers(3, 259, 8).tolist())
+        for _ in range(6)
+    ]
+    changes = solve(base, talks, prefixes, rank=64, ridge=1e-4)
+    teacher, student = Pack(talks, prefixes.teacher), Pack(talks, prefixes.student)
+    target = predictions(base, teacher)
+    before = mean_kl(base, student, target, predictions(base, student))
+    after = mean_kl(base, student, target, predictions(base, student, changes))
+    assert after < 0.1 * before
+    assert set(pairs(changes)) == {
+        f"blk.{i}.{w}.weight" for i in (0, 1) for w in ("attn_output", "ffn_down")
+    }
+
+
+def test_unknown_architectures_are_named_with_the_known(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "t.gguf", "gpt2")
+    with pytest.raises(SuperegoError, match=r"'gpt2' is not supported .* llama, qwen2, qwen3"):
+        Base(path, torch.float32, resident=True)
