@@ -23,6 +23,7 @@ from superego.converters.streams import (
 from superego.converters.transformer import Base
 
 _GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
+_GRAM_BLOCK = 512
 _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
@@ -107,9 +108,12 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
     gram, cross = torch.zeros(width, width), torch.zeros(out, width)
     for start in range(0, len(inputs), _GRAM_CHUNK):
         x, r = inputs[start : start + _GRAM_CHUNK], lacking[start : start + _GRAM_CHUNK]
-        gram += x.T @ x
+        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks; the rest is mirrored
+            columns = slice(left, left + _GRAM_BLOCK)
+            gram[columns, left:] += x[:, columns].T @ x[:, left:]
         cross += r.T @ x
-    gram = (gram + gram.T) / 2  # chunks rounded to bfloat16 are not quite symmetric
+    gram = gram.triu()
+    gram = gram + gram.triu(1).T
     diagonal = gram.diagonal()
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
     factor = torch.linalg.cholesky(gram + torch.diag(penalty))

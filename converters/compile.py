@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 import superego
@@ -48,9 +49,9 @@ class Settings:
     def for_effort(cls, effort: str, rank: int | None = None, seed: int = 0) -> Settings:
         """The settings of `quick`, `standard` or `thorough`, with a rank of one's own."""
         known = {
-            "quick": cls("quick", blocks=1, unseen=16, rank=64, ridge=0.5, seed=seed),
-            "standard": cls("standard", blocks=4, unseen=48, rank=128, ridge=0.5, seed=seed),
-            "thorough": cls("thorough", blocks=9, unseen=64, rank=192, ridge=0.5, seed=seed),
+            "quick": cls("quick", blocks=1, unseen=12, rank=96, ridge=0.5, seed=seed),
+            "standard": cls("standard", blocks=4, unseen=40, rank=160, ridge=0.2, seed=seed),
+            "thorough": cls("thorough", blocks=9, unseen=64, rank=256, ridge=0.15, seed=seed),
         }
         if effort not in known:
             raise SuperegoError(f"effort '{effort}': expected one of {', '.join(known)}")
@@ -73,11 +74,13 @@ def compile_manifesto(
     steps = steps or Steps(quiet=True)
     started = time.perf_counter()
     check_writable(output)
+    read_shape_of(model.path)  # refuses what the walk cannot do, before any work
     torch.set_num_threads(threads or default_threads())
     torch.set_grad_enabled(False)
     llm = load(model, threads=threads, vocab_only=True)
     prompts = prepare(llm, model, manifesto, seeds(settings.seed), REPLY_TOKENS)
     dtype, rate = probe_dtype()
+    _check_memory(model, dtype)
     steps.update("reading the base", 0, 1)
     base = Base(model.path, dtype, resident=True)
     for index in range(base.shape.n_layer):
@@ -207,6 +210,18 @@ def plan(
         ),
         "adapter bytes": 2 * rank * shape.n_layer * per_pair,
     }
+
+
+def _check_memory(model: BaseModel, dtype: torch.dtype) -> None:
+    """Writing references keeps all weights in memory, dequantized."""
+    needed = read_shape_of(model.path).n_weights * (2 if dtype == torch.bfloat16 else 4)
+    free = psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        raise SuperegoError(
+            f"{model.path}: compile keeps its weights in memory as {str(dtype)[6:]}: "
+            f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; close programs or take a "
+            "smaller base"
+        )
 
 
 def _metadata(

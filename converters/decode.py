@@ -134,9 +134,9 @@ def greedy(
             cache.keep(rows)
             alive, token, length = alive[rows], token[rows], length[rows]
         batch = torch.arange(len(alive))
-        width = int(length.max()) + 1
-        hide = torch.zeros(len(alive), width).masked_fill(
-            columns[:width] > length[:, None], float("-inf")
+        # The whole capacity is attended to, hidden where unread: slices would be copied.
+        hide = torch.zeros(len(alive), len(columns)).masked_fill(
+            columns > length[:, None], float("-inf")
         )
         stream = base.embedding[token].float()
         rotation = base.rotation(length + prefix_length)
@@ -149,8 +149,8 @@ def greedy(
             attended = _attend_step(
                 base,
                 query,
-                cache.keys[index][:, :, :width],
-                cache.values[index][:, :, :width],
+                cache.keys[index],
+                cache.values[index],
                 prefix[index],
                 hide,
             )

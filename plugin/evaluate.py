@@ -55,6 +55,7 @@ class Report:
     drift_system: float  # KL(0‖T) after the same
     kl_with_system: float  # KL(T‖S + system message): context return
     top1_with_system: float
+    specificity: float | None  # recovered minus what another persona's adapter recovers
     prompts: int
     tokens: int
     prompt_tokens_saved: int
@@ -100,11 +101,13 @@ def evaluate(
     max_tokens: int = 48,
     threads: int | None = None,
     progress: Progress = lambda done, total: None,
+    foreign: tuple[Adapter, float] | None = None,
 ) -> list[Report]:
     """Measure adapters beside the manifesto as system message; raises SuperegoError.
 
     `prompts` default to the bundled held-out ones. T's greedy replies of at most
-    `max_tokens` tokens are what all three read.
+    `max_tokens` tokens are what all three read. `foreign` is another persona's adapter,
+    measured against the same manifesto for specificity.
     """
     messages = list(prompts) if prompts is not None else bundled("heldout")
     if not messages:
@@ -119,8 +122,10 @@ def evaluate(
             f"manifesto of {len(teacher.prefix)} tokens and prompts of up to {widest} do not "
             f"fit the model's context of {base.context_length}"
         )
-    drift = _drift(llm, base, teacher, student, adapters)
-    rows = _compare(llm, teacher, student, adapters, max_tokens, widest, progress)
+    drift = _drift(llm, base, teacher, adapters)
+    everyone = [*adapters, *([foreign] if foreign else [])]
+    rows = _compare(llm, teacher, student, everyone, len(adapters), max_tokens, widest, progress)
+    other = recovered(rows["kl_0"][0], rows["kl_S"][-1]).value if foreign else None
     saved = len(teacher.prefix) - len(student.prefix)
     reports = []
     for i, (adapter, scale) in enumerate(adapters):
@@ -128,7 +133,8 @@ def evaluate(
         reports.append(
             Report(
                 adapter=f"{adapter.path}:{scale:g}" if scale != 1 else str(adapter.path),
-                kl_recovered=recovered(base_kl, own_kl),
+                kl_recovered=(own := recovered(base_kl, own_kl)),
+                specificity=None if other is None else own.value - other,
                 kl_base=float(base_kl.mean()),
                 kl_adapter=float(own_kl.mean()),
                 top1_base=float(rows["top1_0"][0].mean()),
@@ -156,17 +162,21 @@ def _compare(
     teacher: Encoded,
     student: Encoded,
     adapters: Sequence[tuple[Adapter, float]],
+    n_own: int,
     max_tokens: int,
     widest: int,
     progress: Progress,
 ) -> dict[str, list[np.ndarray]]:
-    """Per-prompt means over reply tokens; each list has one array an adapter (or one)."""
+    """Per-prompt means over reply tokens; each list has one array an adapter (or one).
+
+    Only the first `n_own` adapters are also read behind the system message.
+    """
     stop = stop_tokens(llm)
     n = len(teacher.rest)
     variants = [("0", -1), *(("S", i) for i in range(len(adapters)))]
     names = ("kl_0", "top1_0", "tokens", "kl_S", "top1_S", "kl_TS", "top1_TS")
     rows = {name: [np.zeros(n) for _ in range(max(1, len(adapters)))] for name in names}
-    done, total = 0, n * (2 + 2 * len(adapters))
+    done, total = 0, n * (2 + len(adapters) + n_own)
     with ExitStack() as stack:
         contexts = {
             system: stack.enter_context(
@@ -207,7 +217,7 @@ def _compare(
                 score(contexts[""], student, index, suffix)
                 done += len(replies)
                 progress(done, total)
-                if index >= 0:
+                if 0 <= index < n_own:
                     score(contexts["T"], teacher, index, "TS")
                     done += len(replies)
                     progress(done, total)
@@ -218,7 +228,6 @@ def _drift(
     llm: Llama,
     base: BaseModel,
     teacher: Encoded,
-    student: Encoded,
     adapters: Sequence[tuple[Adapter, float]],
 ) -> list[float]:
     """KL(0‖T), then KL(0‖S) of every adapter, at the token after plain neutral text."""

@@ -81,6 +81,10 @@ class Steps:
         elif fresh or now - self._last >= _LINE_EVERY or done >= total:
             self._last = now
             passed = now - self._start
-            left = f", {passed / done * (total - done):.0f} s left" if 0 < done < total else ""
+            left = (
+                f", {passed / done * (total - done):.0f} s left"
+                if passed > 0.5 and 0 < done < total
+                else ""
+            )
             share = f"{100 * done / total:.0f}%" if total else ""
             print(f"{label}: {share} after {passed:.0f} s{left}", file=sys.stderr, flush=True)

@@ -53,7 +53,8 @@ def load(
     try:
         return llama_cpp.Llama(
             str(base.path),
-            n_ctx=n_ctx,
+            # llama.cpp pads contexts to 256 cells, llama-cpp-python's own buffers it does not
+            n_ctx=-(-n_ctx // 256) * 256,
             n_threads=threads or default_threads(),
             n_threads_batch=threads or default_threads(),
             n_gpu_layers=gpu_layers,

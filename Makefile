@@ -1,0 +1,39 @@
+# make demo: compile a persona and compare. make test: lint and tests. Both make the environment.
+PYTHON ?= python3
+BIN := .venv/bin
+# llama-cpp-python compiles from source; without its multimodal library and llama.cpp's
+# own programs that takes about half the time.
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_APP=OFF
+SOURCES := pyproject.toml $(wildcard plugin/* converters/* personas/*)
+
+.PHONY: all demo test lint bench clean
+all: test
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt "pip>=24" "setuptools>=77" wheel
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[demo,dev]" --config-settings editable_mode=strict
+	touch $@
+
+# A strict editable install, which mypy can see, links files: new ones need it again.
+.venv/linked: .venv/installed $(SOURCES)
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	touch $@
+
+demo: .venv/linked
+	$(BIN)/python benchmarks/demo.py
+
+lint: .venv/linked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+bench: .venv/linked
+	$(BIN)/python benchmarks/personas.py
+
+clean:
+	rm -rf .venv build
