@@ -25,7 +25,7 @@ from superego.base import BaseModel
 from superego.converters.closed_form import solve
 from superego.converters.references import BLOCK, REPLY_TOKENS, prepare, seeds, write_replies
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
-from superego.converters.transformer import Base, probe_dtype, read_shape_of
+from superego.converters.transformer import Base, probe_dtype, read_shape
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.progress import Steps
@@ -74,7 +74,7 @@ def compile_manifesto(
     steps = steps or Steps(quiet=True)
     started = time.perf_counter()
     check_writable(output)
-    read_shape_of(model.path)  # refuses what the walk cannot do, before any work
+    read_shape(model.header)  # refuses what the walk cannot do, before any work
     torch.set_num_threads(threads or default_threads())
     torch.set_grad_enabled(False)
     llm = load(model, threads=threads, vocab_only=True)
@@ -82,7 +82,7 @@ def compile_manifesto(
     dtype, rate = probe_dtype()
     _check_memory(model, dtype)
     steps.update("reading the base", 0, 1)
-    base = Base(model.path, dtype, resident=True)
+    base = Base(model.header, dtype, resident=True)
     for index in range(base.shape.n_layer):
         base.layer(index)
         steps.update("reading the base", index + 1, base.shape.n_layer)
@@ -182,7 +182,7 @@ def plan(
 ) -> dict[str, Any]:
     """What a compile would do and cost, without doing it. Estimates, from a matmul probe."""
     torch.set_num_threads(threads or default_threads())
-    shape = read_shape_of(model.path)
+    shape = read_shape(model.header)
     llm = load(model, threads=threads, vocab_only=True)
     prompts = prepare(llm, model, manifesto, seeds(settings.seed), REPLY_TOKENS)
     dtype, rate = probe_dtype()
@@ -214,7 +214,7 @@ def plan(
 
 def _check_memory(model: BaseModel, dtype: torch.dtype) -> None:
     """Writing references keeps all weights in memory, dequantized."""
-    needed = read_shape_of(model.path).n_weights * (2 if dtype == torch.bfloat16 else 4)
+    needed = read_shape(model.header).n_weights * (2 if dtype == torch.bfloat16 else 4)
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:
         raise SuperegoError(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import dequantize
+from gguf.quants import quant_shape_to_byte_shape
 
 from superego.errors import SuperegoError
+from superego.gguf_file import Header
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
@@ -65,13 +66,13 @@ class Layer:
 class Base:
     """A base model's GGUF, opened for reading layer by layer."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, resident: bool) -> None:
-        self.path = path
+    def __init__(self, header: Header, dtype: torch.dtype, resident: bool) -> None:
+        self.path = header.path
         self.dtype = dtype
         self.resident = resident
-        reader = GGUFReader(path)
-        self._tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
-        self.shape = read_shape(reader)
+        self._tensors = header.tensors
+        self._bytes = np.memmap(header.path, np.uint8, mode="r")
+        self.shape = read_shape(header)
         self._layers: dict[int, Layer] = {}
         self.embedding = self._matrix("token_embd.weight")  # (n_vocab, d_model)
         tied = "output.weight" not in self._tensors
@@ -89,7 +90,9 @@ class Base:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise SuperegoError(f"{self.path}: tensor {name} is missing")
-        return dequantize(tensor.data, tensor.tensor_type)
+        raw = self._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
+        rows = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
+        return dequantize(rows, tensor.type)
 
     def _matrix(self, name: str) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(self._array(name))).to(self.dtype)
@@ -156,22 +159,13 @@ def _pairs_to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return rows.view(n // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(n, width)
 
 
-def read_shape_of(path: Path) -> Shape:
-    """As `read_shape`, from a file."""
-    return read_shape(GGUFReader(path))
-
-
-def read_shape(reader: GGUFReader) -> Shape:
+def read_shape(header: Header) -> Shape:
     """Sizes from the metadata; raises SuperegoError for what the walk cannot do."""
-
-    def value(key: str, default: object = None) -> object:
-        field = reader.get_field(key)
-        return field.contents() if field else default
-
+    value = header.metadata.get
     architecture = str(value("general.architecture"))
     if architecture not in SUPPORTED:
         raise SuperegoError(
-            f"base of architecture '{architecture}' is not supported by compile; "
+            f"{header.path}: base of architecture '{architecture}' is not supported by compile; "
             f"supported: {', '.join(SUPPORTED)}"
         )
     scaling = value(f"{architecture}.rope.scaling.type", "none")
@@ -186,7 +180,7 @@ def read_shape(reader: GGUFReader) -> Shape:
 
     d_model, n_head = int(number("embedding_length")), int(number("attention.head_count"))
     head_dim = int(number("attention.key_length", d_model // n_head))
-    embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+    embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise SuperegoError("tensor token_embd.weight is missing")
     return Shape(
@@ -201,7 +195,7 @@ def read_shape(reader: GGUFReader) -> Shape:
         rope_base=number("rope.freq_base", 10000.0),
         rope_factor=number("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0,
         rms_eps=number("attention.layer_norm_rms_epsilon"),
-        n_vocab=int(embedding.shape[1]),  # ReaderTensor.shape is reversed: (d_model, n_vocab)
+        n_vocab=embedding.shape[0],
         context_length=int(number("context_length")),
     )
 

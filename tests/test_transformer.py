@@ -23,6 +23,7 @@ from superego.converters.decode import greedy, prefill
 from superego.converters.streams import Conversation, Pack, mean_kl, predictions
 from superego.converters.transformer import Base
 from superego.errors import SuperegoError
+from superego.gguf_file import read_header
 from superego.logits import ParallelContext
 from superego.runtime import load
 
@@ -50,7 +51,7 @@ def test_tiny_models_agree_with_llama_cpp(tmp_path: Path, architecture: str) -> 
     texts = [rng.integers(3, 259, n).tolist() for n in (9, 5, 17)]
     with ParallelContext(llm, prefix, 3, 20) as context:
         theirs = context.read(texts, [0, 0, 0])
-    base = Base(path, torch.float32, resident=True)
+    base = Base(read_header(path), torch.float32, resident=True)
     # every token is "predicted": a prompt of one token, the rest as its reply
     pack = Pack([Conversation(t[:1], [*t[1:], 0]) for t in texts], prefix)
     ours = base.logits(predictions(base, pack)).numpy()
@@ -72,7 +73,7 @@ def test_smollm2_agrees_with_llama_cpp_bare_and_with_the_written_adapter(
         with_it = context.read(texts, [0, 0])
         context.set_scales([0.0])
         bare = context.read(texts, [0, 0])
-    base = Base(smollm2.path, torch.float32, resident=True)
+    base = Base(smollm2.header, torch.float32, resident=True)
     pack = Pack([Conversation(t[:1], [*t[1:], 0]) for t in texts], prefix)
     changes = changes_of(pirate)
     order = sorted(range(2), key=lambda i: len(texts[i]))
@@ -99,7 +100,7 @@ def changes_of(path: Path) -> Any:
 
 
 def test_greedy_decoding_equals_argmax_over_whole_texts(tmp_path: Path) -> None:
-    base = Base(tiny_model(tmp_path / "t.gguf"), torch.float32, resident=True)
+    base = Base(read_header(tiny_model(tmp_path / "t.gguf")), torch.float32, resident=True)
     rng = np.random.default_rng(5)
     prefix = rng.integers(3, 259, 7).tolist()
     prompts = [rng.integers(3, 259, n).tolist() for n in (3, 6, 11)]
@@ -119,7 +120,9 @@ def test_greedy_decoding_equals_argmax_over_whole_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_the_closed_form_recovers_on_what_it_saw(tmp_path: Path, architecture: str) -> None:
     """At full rank and almost no ridge, the student reproduces the teacher's predictions."""
-    base = Base(tiny_model(tmp_path / "t.gguf", architecture), torch.float32, resident=True)
+    base = Base(
+        read_header(tiny_model(tmp_path / "t.gguf", architecture)), torch.float32, resident=True
+    )
     rng = np.random.default_rng(9)
     prefixes = Prefixes([*rng.integers(3, 259, 20).tolist(), 4, 5], [7, 8, 4, 5])
     assert prefixes.common == 2
@@ -141,4 +144,4 @@ def test_the_closed_form_recovers_on_what_it_saw(tmp_path: Path, architecture: s
 def test_unknown_architectures_are_named_with_the_known(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "t.gguf", "gpt2")
     with pytest.raises(SuperegoError, match=r"'gpt2' is not supported .* llama, qwen2, qwen3"):
-        Base(path, torch.float32, resident=True)
+        Base(read_header(path), torch.float32, resident=True)
