@@ -1,8 +1,8 @@
 # make demo: compile a persona and compare. make test: lint and tests. Both make the environment.
 PYTHON ?= python3
 BIN := .venv/bin
-# llama-cpp-python compiles from source; without its multimodal library and llama.cpp's
-# own programs that takes about half the time.
+# llama-cpp-python compiles from source. Without its multimodal library and llama.cpp's own
+# programs it has 127 source files to compile instead of 178.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_APP=OFF
 SOURCES := pyproject.toml $(wildcard plugin/* converters/* personas/*)
 

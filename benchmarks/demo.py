@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import superego
 from superego.base import open_base
@@ -18,7 +19,7 @@ from superego.template import ChatTemplate
 QUESTION = "What should I have for lunch?"
 
 
-def answer(llm, template, system):  # type: ignore[no-untyped-def]
+def answer(llm: Any, template: ChatTemplate, system: str | None) -> tuple[int, float, str]:
     """Prompt tokens, seconds to the first token from an empty cache, and the reply."""
     encoded = encode(llm, template, system, [QUESTION])
     tokens = encoded.prefix + encoded.rest[0]
