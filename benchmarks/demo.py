@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,24 +37,23 @@ def answer(llm: Any, template: ChatTemplate, system: str | None) -> tuple[int, f
 
 def main() -> None:
     """Runs the demo; the compile is the real command line."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pirate.gguf"
-        command = ["compile", "pirate", "--base", "smollm2", "-o", str(path), "--effort", "quick"]
-        print(f"$ superego {' '.join(command)}", flush=True)
-        subprocess.run([str(Path(sys.executable).parent / "superego"), *command], check=True)
-        base = open_base("smollm2")
-        llm, template = load(base, n_ctx=1024), ChatTemplate(base.header)
-        answer(llm, template, None)  # warms the model's pages
-        print(f"\nQuestion: {QUESTION}")
-        ways = [
-            ("bare base", *answer(llm, template, None)),
-            ("base + system message", *answer(llm, template, bundled()["pirate"].body)),
-        ]
-        with superego.attach(llm, path):
-            ways.append(("base + adapter", *answer(llm, template, None)))
-        for name, tokens, first, reply in ways:
-            print(f"\n[{name}] {tokens} prompt tokens, first token after {1000 * first:.0f} ms")
-            print(reply.strip())
+    path = Path("pirate.gguf")
+    command = ["compile", "pirate", "--base", "smollm2", "-o", str(path), "--effort", "quick"]
+    print(f"$ superego {' '.join(command)}", flush=True)
+    subprocess.run([str(Path(sys.executable).parent / "superego"), *command], check=True)
+    base = open_base("smollm2")
+    llm, template = load(base, n_ctx=1024), ChatTemplate(base.header)
+    answer(llm, template, None)  # warms the model's pages
+    print(f"\nQuestion: {QUESTION}")
+    ways = [
+        ("bare base", *answer(llm, template, None)),
+        ("base + system message", *answer(llm, template, bundled()["pirate"].body)),
+    ]
+    with superego.attach(llm, path):
+        ways.append(("base + adapter", *answer(llm, template, None)))
+    for name, tokens, first, reply in ways:
+        print(f"\n[{name}] {tokens} prompt tokens, first token after {1000 * first:.0f} ms")
+        print(reply.strip())
 
 
 if __name__ == "__main__":
