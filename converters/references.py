@@ -25,7 +25,7 @@ from superego.converters.closed_form import Prefixes
 from superego.converters.decode import greedy, prefill
 from superego.converters.streams import Conversation
 from superego.converters.transformer import Base
-from superego.dialogue import Encoded, encode
+from superego.dialogue import encode
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.runtime import stop_tokens
@@ -80,13 +80,9 @@ def prepare(
             f"{base.path}: its chat template renders user messages differently behind a system "
             "message; Superego cannot match the two"
         )
-    return Prompts(_movable(teacher, student), rest)
-
-
-def _movable(teacher: Encoded, student: Encoded) -> Prefixes:
     if not student.prefix:
         raise SuperegoError("the chat template puts nothing in front of a user message")
-    return Prefixes(teacher.prefix, student.prefix)
+    return Prompts(Prefixes(teacher.prefix, student.prefix), rest)
 
 
 def cache_folder() -> Path:
