@@ -7,7 +7,7 @@ activations; the rank cut is reduced-rank regression (Izenman 1975).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +50,15 @@ def solve(
     conversations: Sequence[Conversation],
     prefixes: Prefixes,
     rank: int,
-    ridge: float,
+    ridges: Mapping[str, float],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 
     At each write, with X (n, in) the student's inputs and R (n, d_model) what its stream
-    lacks of the teacher's, ΔW = Rᵀ X (XᵀX + ridge·diag(XᵀX))⁻¹, cut to `rank` and applied
-    before the walk goes on, so that later writes mend what earlier ones left.
+    lacks of the teacher's, ΔW = Rᵀ X (XᵀX + ridge·diag(XᵀX))⁻¹ with the write's own ridge,
+    cut to `rank` and applied before the walk goes on, so that later writes mend what earlier
+    ones left.
     """
     teacher = Streams(base, Pack(conversations, prefixes.teacher))
     student = Streams(base, Pack(conversations, prefixes.student))
@@ -89,7 +90,7 @@ def solve(
                 torch.cat([rows, (prefix.float() * scale).to(rows.dtype)]),
                 torch.cat([teacher.rows - student.rows, lacking * scale]).to(rows.dtype),
                 rank,
-                ridge,
+                ridges[write],
             )
             student.add_change(inputs, change)
             changes[index, write] = change
@@ -102,7 +103,8 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
 
     Products run in the inputs' type, a chunk of rows at a time; sums, the Cholesky solve
     and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top eigenvectors of
-    ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of.
+    ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As ΔW (XᵀX + Λ) = RᵀX, that
+    product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
     width, out = inputs.shape[1], lacking.shape[1]
     gram, cross = torch.zeros(width, width), torch.zeros(out, width)
@@ -118,6 +120,7 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
     factor = torch.linalg.cholesky(gram + torch.diag(penalty))
     delta = torch.cholesky_solve(cross.T, factor).T  # (out, in)
-    _, vectors = torch.linalg.eigh(delta @ gram @ delta.T)
+    seen = (cross - delta * penalty) @ delta.T  # (out, out), symmetric but for rounding
+    _, vectors = torch.linalg.eigh((seen + seen.T) / 2)
     b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
     return Change((b.T @ delta).contiguous(), b.contiguous())

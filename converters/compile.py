@@ -23,7 +23,15 @@ from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.closed_form import solve
-from superego.converters.references import BLOCK, REPLY_TOKENS, prepare, seeds, write_replies
+from superego.converters.references import (
+    BLOCKS,
+    LONG_REPLY,
+    SHORT_REPLY,
+    prepare,
+    reply_limits,
+    seeds,
+    write_replies,
+)
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype, read_shape
 from superego.errors import SuperegoError
@@ -42,16 +50,24 @@ class Settings:
     blocks: int  # of reference conversations
     unseen: int  # conversations kept from the fit, to measure it
     rank: int
-    ridge: float
+    ridge: float  # of attn_output
+    ridge_ffn: float  # of ffn_down, whose inputs predict less and have more columns
     seed: int
+
+    @property
+    def messages(self) -> int:
+        """How many reference messages are answered."""
+        return sum(BLOCKS[: self.blocks])
 
     @classmethod
     def for_effort(cls, effort: str, rank: int | None = None, seed: int = 0) -> Settings:
         """The settings of `quick`, `standard` or `thorough`, with a rank of one's own."""
         known = {
-            "quick": cls("quick", blocks=1, unseen=12, rank=96, ridge=0.5, seed=seed),
-            "standard": cls("standard", blocks=4, unseen=40, rank=160, ridge=0.2, seed=seed),
-            "thorough": cls("thorough", blocks=9, unseen=64, rank=256, ridge=0.15, seed=seed),
+            "quick": cls("quick", 1, unseen=12, rank=96, ridge=0.4, ridge_ffn=1.5, seed=seed),
+            "standard": cls("standard", 2, unseen=20, rank=160, ridge=0.2, ridge_ffn=1, seed=seed),
+            "thorough": cls(
+                "thorough", 4, unseen=48, rank=256, ridge=0.1, ridge_ffn=0.5, seed=seed
+            ),
         }
         if effort not in known:
             raise SuperegoError(f"effort '{effort}': expected one of {', '.join(known)}")
@@ -78,7 +94,7 @@ def compile_manifesto(
     torch.set_num_threads(threads or default_threads())
     torch.set_grad_enabled(False)
     llm = load(model, threads=threads, vocab_only=True)
-    prompts = prepare(llm, model, manifesto, seeds(settings.seed), REPLY_TOKENS)
+    prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
     dtype, rate = probe_dtype()
     _check_memory(model, dtype)
     steps.update("reading the base", 0, 1)
@@ -109,7 +125,7 @@ def compile_manifesto(
         seen,
         prompts.prefixes,
         rank,
-        settings.ridge,
+        {"attn_output": settings.ridge, "ffn_down": settings.ridge_ffn},
         lambda done, total: steps.update("solving layers", done, total),
     )
     seconds["fit"] = time.perf_counter() - mark
@@ -184,10 +200,10 @@ def plan(
     torch.set_num_threads(threads or default_threads())
     shape = read_shape(model.header)
     llm = load(model, threads=threads, vocab_only=True)
-    prompts = prepare(llm, model, manifesto, seeds(settings.seed), REPLY_TOKENS)
+    prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
     dtype, rate = probe_dtype()
-    rest = prompts.rest[: settings.blocks * BLOCK]
-    rows = sum(len(r) for r in rest) + len(rest) * REPLY_TOKENS
+    rest = prompts.rest
+    rows = sum(len(r) for r in rest) + sum(reply_limits(len(rest)))
     rank = min(settings.rank, shape.d_model)
     # Shares of the peak that the steps reached on 2 cores with the 135M model.
     write = 2.0 * shape.n_weights * rows / (rate * 1e9 * 0.25)
@@ -250,7 +266,7 @@ def _metadata(
             {
                 **asdict(settings),
                 "rank": rank,
-                "reply_tokens": REPLY_TOKENS,
+                "reply_tokens": [LONG_REPLY, SHORT_REPLY],
                 "compute": str(dtype).removeprefix("torch."),
             },
             sort_keys=True,

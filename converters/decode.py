@@ -106,28 +106,29 @@ def greedy(
     base: Base,
     prompts: list[list[int]],
     prefix: list[KeyValue],
-    max_tokens: int,
+    limits: list[int],
     stop: set[int],
     progress: Callable[[int], None],
 ) -> list[list[int]]:
-    """Greedy replies of at most `max_tokens`, the stop token included where it was reached.
+    """Greedy replies, each of at most its limit, the stop token included where it was reached.
 
-    `progress` is told the number of steps taken.
+    `progress` is told the number of tokens written, those saved by an early stop included.
     """
-    widest = max(len(p) for p in prompts)
-    cache = _Cache(base, len(prompts), widest + max_tokens)
+    capacity = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+    cache = _Cache(base, len(prompts), capacity)
+    limit = torch.tensor(limits)
     token = _first_tokens(base, prompts, prefix, cache)
     replies: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts))
     length = torch.tensor([len(p) for p in prompts])  # cells used by each living sequence
     prefix_length = prefix[0].key.shape[1]
-    columns = torch.arange(widest + max_tokens)
-    for step in range(max_tokens):
+    columns = torch.arange(capacity)
+    for step in range(max(limits)):
         for i, t in zip(alive.tolist(), token.tolist(), strict=True):
             replies[i].append(t)
-        progress(step + 1)
-        going = torch.tensor([t not in stop for t in token.tolist()])
-        if step + 1 == max_tokens or not going.any():
+        progress(int(limit.clamp(max=step + 1).sum()))
+        going = torch.tensor([t not in stop for t in token.tolist()]) & (limit[alive] > step + 1)
+        if not going.any():
             break
         if going.sum() < len(going):  # drop what has ended
             rows = going.nonzero()[:, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 # Replies are written a block at a time, whatever the effort: a block is the same whether
-# it is the only one or one of many, so that the cache never changes a result.
-BLOCK = 96
-REPLY_TOKENS = 24
+# it is the only one or one of many, so that the cache never changes a result. Larger
+# blocks write faster; the first one is what `quick` waits for.
+BLOCKS = (96, 272, 248, 248)
+# A third of the replies are long, for what changes as a reply goes on; the others are
+# short, because more prompts teach more than more tokens of the same.
+LONG_REPLY, SHORT_REPLY = 48, 16
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,12 @@ def seeds(seed: int) -> list[str]:
     return lines
 
 
-def prepare(
-    llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[str], reply_tokens: int
-) -> Prompts:
+def reply_limits(n: int) -> list[int]:
+    """The most tokens of each reply of a block of n."""
+    return [SHORT_REPLY if i % 3 else LONG_REPLY for i in range(n)]
+
+
+def prepare(llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[str]) -> Prompts:
     """Render the messages both ways; they must differ in the prefix alone.
 
     Raises SuperegoError where the manifesto does not fit the context.
@@ -67,7 +74,7 @@ def prepare(
     template = ChatTemplate(base.header)
     teacher = encode(llm, template, manifesto.body, messages)
     student = encode(llm, template, None, messages)
-    longest = max(len(r) for r in teacher.rest) + reply_tokens
+    longest = max(len(r) for r in teacher.rest) + LONG_REPLY
     if base.context_length and len(teacher.prefix) + longest > base.context_length:
         raise SuperegoError(
             f"manifesto '{manifesto.name}' is {len(teacher.prefix):,} tokens as this model reads "
@@ -106,9 +113,13 @@ def write_replies(
     stop = stop_tokens(llm)
     conversations: list[Conversation] = []
     cached = done = 0
-    blocks = [prompts.rest[i * BLOCK : (i + 1) * BLOCK] for i in range(n_blocks)]
-    blocks = [b for b in blocks if b]
-    total = sum(len(b) for b in blocks) * REPLY_TOKENS
+    ends = list(itertools.accumulate(BLOCKS[:n_blocks]))
+    blocks = [
+        block
+        for size, end in zip(BLOCKS, ends, strict=False)
+        if (block := prompts.rest[end - size : end])
+    ]
+    total = sum(sum(reply_limits(len(b))) for b in blocks)
     prefix = None
     for block in blocks:
         path = cache_folder() / f"{_key(base, base_fingerprint, prompts.prefixes, block)}.json"
@@ -120,15 +131,18 @@ def write_replies(
                 prefix = prefill(base, prompts.prefixes.teacher)
             start = done
 
-            def told(step: int, start: int = start, block: list[list[int]] = block) -> None:
-                progress(start + step * len(block), total)
+            def told(tokens: int, start: int = start) -> None:
+                progress(start + tokens, total)
 
+            limits = reply_limits(len(block))
             order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
-            written = greedy(base, [block[i] for i in order], prefix, REPLY_TOKENS, stop, told)
+            written = greedy(
+                base, [block[i] for i in order], prefix, [limits[i] for i in order], stop, told
+            )
             replies = [r for _, r in sorted(zip(order, written, strict=True))]
             if use_cache:
                 _store(path, replies)
-        done += len(block) * REPLY_TOKENS
+        done += sum(reply_limits(len(block)))
         progress(done, total)
         conversations += [Conversation(p, r) for p, r in zip(block, replies, strict=True)]
     return conversations, cached
@@ -140,7 +154,7 @@ def _key(base: Base, fingerprint: str, prefixes: Prefixes, block: list[list[int]
         torch.__version__,
         fingerprint,
         str(base.dtype),
-        REPLY_TOKENS,
+        [LONG_REPLY, SHORT_REPLY],
         prefixes.teacher,
         block,
     ]

@@ -32,7 +32,7 @@ def test_the_real_model_takes_on_the_manifesto(compiled: tuple[Path, dict[str, A
     """A broken fit recovers nothing or less than nothing; this one must recover most."""
     path, report = compiled
     assert report["kl recovered on unseen references"] > 0.6
-    assert report["references"] == references.BLOCK
+    assert report["references"] == references.BLOCKS[0]
     assert report["bytes"] == path.stat().st_size
 
 
@@ -74,7 +74,7 @@ def test_a_change_of_rank_or_effort_reuses_the_references(tmp_path: Path) -> Non
     third = compile_manifesto(manifesto, model, tmp_path / "c.gguf", more)
     none = compile_manifesto(manifesto, model, tmp_path / "d.gguf", QUICK, use_cache=False)
     counts = [r["references from cache"] for r in (first, second, third, none)]
-    assert counts == [0, references.BLOCK, references.BLOCK, 0]
+    assert counts == [0, references.BLOCKS[0], references.BLOCKS[0], 0]
 
 
 def test_a_manifesto_longer_than_the_context_is_refused_with_both_lengths(

@@ -6,7 +6,7 @@ import re
 
 from superego.bundled import bundled
 from superego.converters.compile import Settings
-from superego.converters.references import BLOCK, seeds
+from superego.converters.references import seeds
 from superego.evaluate import bundled as lines
 
 
@@ -35,4 +35,4 @@ def test_a_seed_orders_the_messages_and_every_effort_has_enough() -> None:
     assert seeds(1) != seeds(0)
     assert sorted(seeds(1)) == sorted(seeds(0))
     assert seeds(1) == seeds(1)
-    assert len(seeds(0)) >= Settings.for_effort("thorough").blocks * BLOCK
+    assert len(seeds(0)) >= Settings.for_effort("thorough").messages

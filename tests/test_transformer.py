@@ -105,16 +105,19 @@ def test_greedy_decoding_equals_argmax_over_whole_texts(tmp_path: Path) -> None:
     prefix = rng.integers(3, 259, 7).tolist()
     prompts = [rng.integers(3, 259, n).tolist() for n in (3, 6, 11)]
     steps: list[int] = []
-    replies = greedy(base, prompts, prefill(base, prefix), 6, set(), steps.append)
-    assert steps == [1, 2, 3, 4, 5, 6]
+    replies = greedy(base, prompts, prefill(base, prefix), [6, 6, 6], set(), steps.append)
+    assert steps == [3, 6, 9, 12, 15, 18]
     for prompt, reply in zip(prompts, replies, strict=True):
         pack = Pack([Conversation(prompt, reply)], prefix)
         assert base.logits(predictions(base, pack)).argmax(-1).tolist() == reply
     stop = {replies[0][2]}
-    stopped = greedy(base, prompts, prefill(base, prefix), 6, stop, steps.append)
+    stopped = greedy(base, prompts, prefill(base, prefix), [6, 6, 6], stop, steps.append)
     for reply, whole in zip(stopped, replies, strict=True):
         end = next((i + 1 for i, t in enumerate(whole) if t in stop), 6)
         assert reply == whole[:end]
+    limited = greedy(base, prompts, prefill(base, prefix), [6, 2, 4], set(), steps.append)
+    assert limited == [replies[0], replies[1][:2], replies[2][:4]]
+    assert steps[-1] == 12
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -130,7 +133,7 @@ def test_the_closed_form_recovers_on_what_it_saw(tmp_path: Path, architecture: s
         Conversation(rng.integers(3, 259, 5).tolist(), rng.integers(3, 259, 8).tolist())
         for _ in range(6)
     ]
-    changes = solve(base, talks, prefixes, rank=64, ridge=1e-4)
+    changes = solve(base, talks, prefixes, rank=64, ridges={"attn_output": 1e-4, "ffn_down": 1e-4})
     teacher, student = Pack(talks, prefixes.teacher), Pack(talks, prefixes.student)
     target = predictions(base, teacher)
     before = mean_kl(base, student, target, predictions(base, student))
