@@ -283,12 +283,11 @@ def project_qkv(
         query = rms_norm(query.float(), layer.q_norm, shape.rms_eps, base.dtype)
         key = rms_norm(key.float(), layer.k_norm, shape.rms_eps, base.dtype)
     cos, sin = rotation
-    return _rotate(query, cos, sin, shape), _rotate(key, cos, sin, shape), value
+    return rotate(query, cos, sin, shape), rotate(key, cos, sin, shape), value
 
 
-def _rotate(
-    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, shape: Shape
-) -> torch.Tensor:
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Rotary positions on (n, heads, head_dim) in half layout; cos, sin: (n, rope_dim / 2)."""
     half = shape.rope_dim // 2
     cos, sin = cos[:, None].to(heads.dtype), sin[:, None].to(heads.dtype)
     first, second = heads[..., :half], heads[..., half : 2 * half]

@@ -1,43 +1,53 @@
-"""Attach adapters to a live `llama_cpp.Llama`, change their scale, take them off again.
+"""Attach personas to a live `llama_cpp.Llama`, change their scale, take them off again.
 
-Knows llama.cpp's adapter calls and that any change makes the cached keys and values
-stale. Does not know how adapters are made.
+Knows llama.cpp's adapter calls, and that any change makes the cached keys and values
+stale. Does not know how adapters and sessions are made.
 """
 
 from __future__ import annotations
 
 import ctypes
+import warnings
 import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from superego.adapter import Adapter, check_fit, read_adapter
+from superego.base import BaseModel, open_base
 from superego.errors import SuperegoError
 from superego.gguf_file import Header, read_header
+from superego.session import Session, open_session
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
 class Attachment:
-    """One adapter on one model. Detaches at the end of a `with` block."""
+    """An adapter, a session or both on one model. Detaches at the end of a `with` block.
 
-    def __init__(self, model: _Model, adapter: Adapter, pointer: Any, scale: float) -> None:
+    `adapter` and `session` are None where the persona has none. A session is gone as soon
+    as any adapter of the model changes: its keys and values were made without the change.
+    """
+
+    def __init__(self, model: _Model, adapter: Adapter | None, pointer: Any, scale: float) -> None:
         self._model = model
         self._pointer = pointer
         self.adapter = adapter
+        self.session: Session | None = None
         self.scale = scale
 
     @property
     def attached(self) -> bool:
         """Whether it is still on its model."""
-        return self in self._model.attachments
+        return self in self._model.attachments or self is self._model.holder
 
     def set_scale(self, scale: float) -> None:
-        """Change the strength; drops the model's cached keys and values."""
+        """Change the adapter's strength; drops the model's cached keys and values."""
         if not self.attached:
-            raise SuperegoError(f"{self.adapter.path}: is not attached any more")
+            raise SuperegoError(f"{self._name}: is not attached any more")
+        if self.adapter is None:
+            raise SuperegoError(f"{self._name}: a session has no scale; only adapters have")
         self.scale = _finite(scale)
         self._model.apply()
 
@@ -45,6 +55,12 @@ class Attachment:
         """Take it off; without effect where it is off already."""
         if self.attached:
             self._model.remove([self])
+
+    @property
+    def _name(self) -> str:
+        if self.adapter is not None:
+            return str(self.adapter.path)
+        return self.session.name if self.session else "session"
 
     def __enter__(self) -> Attachment:
         return self
@@ -63,8 +79,15 @@ class _Model:
 
     def __init__(self, llm: Llama) -> None:
         self._llm = weakref.ref(llm)
-        self.attachments: list[Attachment] = []
+        self.attachments: list[Attachment] = []  # those with an adapter
+        self.holder: Attachment | None = None  # the one whose session is in the cache
         self.header: Header = read_header(Path(llm.model_path))
+        self._base: BaseModel | None = None
+
+    def base(self) -> BaseModel:
+        if self._base is None:
+            self._base = open_base(str(self.header.path))
+        return self._base
 
     def llm(self) -> Llama:
         llm = self._llm()
@@ -90,8 +113,28 @@ class _Model:
         self.attachments = [a for a in self.attachments if a not in gone]
         self.apply()
         for attachment in gone:
+            if attachment._pointer is not None:
+                llama_cpp.llama_adapter_lora_free(attachment._pointer)
+                attachment._pointer = None
+
+    def drop(self, gone: list[Attachment]) -> None:
+        """Take off attachments of scale 0: what is in the cache was made without them."""
+        import llama_cpp
+
+        self.attachments = [a for a in self.attachments if a not in gone]
+        for attachment in gone:
             llama_cpp.llama_adapter_lora_free(attachment._pointer)
             attachment._pointer = None
+
+    def restore(self, path: Path, attachment: Attachment | None = None) -> Attachment:
+        """Put a session into the cache, behind the adapters that are attached now."""
+        attachment = attachment or Attachment(self, None, None, 1.0)
+        active = [(a.adapter, a.scale) for a in self.attachments if a.adapter and a.scale]
+        attachment.session = open_session(self.llm(), self.base(), path, active)
+        if attachment.session.note:
+            warnings.warn(attachment.session.note, stacklevel=3)
+        self.holder = attachment
+        return attachment
 
     def apply(self) -> None:
         """Hand the attachments to llama.cpp and forget what was computed without them."""
@@ -105,6 +148,7 @@ class _Model:
         scales = (ctypes.c_float * max(1, len(active)))(*(a.scale for a in active))
         if llama_cpp.llama_set_adapters_lora(llm._ctx.ctx, pointers, len(active), scales):
             raise SuperegoError("llama.cpp refused the adapters")
+        self.holder = None
         llm.reset()
         llm._ctx.kv_cache_clear()
 
@@ -112,12 +156,15 @@ class _Model:
 _models: weakref.WeakKeyDictionary[Llama, _Model] = weakref.WeakKeyDictionary()
 
 
-def attach(llm: Llama, adapter: str | Path, scale: float = 1.0) -> Attachment:
-    """Put an adapter on a live model, beside those already there.
+def attach(llm: Llama, persona: str | Path, scale: float = 1.0) -> Attachment:
+    """Put a persona on a live model, beside the adapters already there.
 
-    Checks the file against the model's own GGUF first and raises SuperegoError with every
-    mismatch: llama.cpp ends the process on some of them. Clears the model's cached keys
-    and values. Use the result in a `with` block, or call its `detach`.
+    `persona` is an adapter (GGUF), a session file (`.session`) or a folder with one adapter,
+    one session or both. Adapters are checked against the model's own GGUF first, and every
+    mismatch is raised as SuperegoError: llama.cpp ends the process on some of them. Clears
+    the model's cached keys and values, and with them an earlier session. A session that does
+    not fit is rebuilt from its manifesto, with a warning that says why. Use the result in a
+    `with` block, or call its `detach`.
     """
     if getattr(llm, "cache", None) is not None:
         raise SuperegoError(
@@ -132,22 +179,79 @@ def attach(llm: Llama, adapter: str | Path, scale: float = 1.0) -> Attachment:
     model = _models.get(llm)
     if model is None:
         model = _models[llm] = _Model(llm)
-    checked = read_adapter(Path(adapter))
-    check_fit(checked, model.header)
-    return model.add(checked, _finite(scale))
+    path, session = _parts(Path(persona))
+    attachment = None
+    if path is not None:
+        checked = read_adapter(path)
+        check_fit(checked, model.header)
+        attachment = model.add(checked, _finite(scale))
+    if session is not None:
+        try:
+            attachment = model.restore(session, attachment)
+        except SuperegoError:
+            if attachment is not None:
+                attachment.detach()
+            raise
+    if attachment is None:
+        raise AssertionError("_parts finds an adapter or a session")
+    return attachment
+
+
+def _parts(persona: Path) -> tuple[Path | None, Path | None]:
+    """The adapter and the session that a path stands for; at least one is there."""
+    if persona.is_dir():
+        found = []
+        for suffix in ("gguf", "session"):
+            files = sorted(persona.glob(f"*.{suffix}"))
+            if len(files) > 1:
+                raise SuperegoError(
+                    f"{persona}: holds {len(files)} .{suffix} files, expected at most one"
+                )
+            found.append(files[0] if files else None)
+        if not any(found):
+            raise SuperegoError(f"{persona}: holds neither an adapter (.gguf) nor a .session")
+        return found[0], found[1]
+    if persona.suffix == ".session":
+        return None, persona
+    return persona, None
 
 
 def attachments(llm: Llama) -> list[Attachment]:
-    """What is attached to a model, in order."""
+    """The adapters that are attached to a model, in order."""
     model = _models.get(llm)
     return list(model.attachments) if model else []
 
 
 def detach(llm: Llama) -> None:
-    """Take every adapter off: the model is the bare base again, bit for bit."""
+    """Take everything off: the model is the bare base again, bit for bit."""
     model = _models.get(llm)
-    if model is not None and model.attachments:
+    if model is not None and (model.attachments or model.holder):
         model.remove(list(model.attachments))
+
+
+def swap(llm: Llama, persona: str | Path, scale: float = 1.0) -> Attachment:
+    """Put a persona in the place of all that is attached; on an error nothing has changed."""
+    before = attachments(llm)
+    scales = [a.scale for a in before]
+    if before:
+        model = before[0]._model
+        for attachment in before:
+            attachment.scale = 0.0
+        model.apply()
+    try:
+        new = attach(llm, persona, scale)
+    except SuperegoError:
+        for attachment, value in zip(before, scales, strict=True):
+            attachment.scale = value
+        if before:
+            before[0]._model.apply()
+        raise
+    session = new.session
+    if before:
+        # with scale 0 they take no part, so taking them off leaves the new state valid
+        new._model.drop(before)
+        new.session = session
+    return new
 
 
 def set_scale(llm: Llama, scale: float) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from superego.errors import SuperegoError
 from superego.runtime import stop_tokens, tokenize
+from superego.session import Session
 from superego.template import ChatTemplate, Message
 
 if TYPE_CHECKING:
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation with a live model; what was said stays until `clear`."""
 
-    def __init__(self, llm: Llama, template: ChatTemplate, system: str | None = None) -> None:
+    def __init__(
+        self,
+        llm: Llama,
+        template: ChatTemplate,
+        system: str | None = None,
+        session: Session | None = None,
+    ) -> None:
+        """`session` is one that is in the model's cache; its manifesto is the system message."""
+        self._session = session
+        if session is not None:
+            system = session.manifesto
         self._llm = llm
         self._template = template
         self._stop = stop_tokens(llm)
@@ -40,6 +51,13 @@ class Chat:
         turn: Message = {"role": "user", "content": message}
         text = self._template.render([*self._front, *self.messages, turn])
         tokens = tokenize(self._llm, text)
+        if self._session is not None:
+            tokens = self._session.shorten(tokens)
+            n = len(self._session.tokens)
+            compacted = n < len(self._session.prefix)
+            if compacted and self._llm._input_ids[:n].tolist() != self._session.tokens:
+                # what was compacted cannot be read again: its tokens are not its text
+                raise SuperegoError("the session has left the model's cache; open it again")
         room = self._llm.n_ctx() - len(tokens)
         if room < 1:
             raise SuperegoError(

@@ -118,6 +118,82 @@ def compile(
 
 
 @main.command()
+@click.argument("manifesto")
+@_base_option
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.session"
+)
+@click.option(
+    "--with",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[:SCALE]",
+    help="An adapter that is attached while the manifesto is read; may be given several times.",
+)
+@click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
+@click.option("--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True)
+@click.option(
+    "--compact",
+    "cells",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep N cells instead of one a token (an approximation; not with --with).",
+)
+@_threads
+@_json
+def session(
+    manifesto: str,
+    base: str,
+    output: Path,
+    adapters: tuple[str, ...],
+    n_ctx: int,
+    kv_type: str,
+    cells: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Save the state of having read MANIFESTO, so that a chat starts without reading it."""
+    from superego.atomic import check_writable
+    from superego.runtime import load
+    from superego.session import save_session
+    from superego.state_file import layout
+
+    text = find_manifesto(manifesto)
+    model = open_base(base)
+    layout(model.header, kv_type)
+    if output.suffix != ".session":
+        raise SuperegoError(f"{output}: expected a name that ends in .session")
+    check_writable(output)
+    if cells is not None and adapters:
+        raise SuperegoError("--compact reads the bare base; it cannot be combined with --with")
+    wanted = [_persona(each) for each in adapters]
+    for adapter, _ in wanted:
+        check_fit(adapter, model.header)
+        _warn_other_weights(adapter, model)
+    with Steps() as steps, ExitStack() as stack:
+        steps.update("loading the base", 0, 2)
+        llm = load(model, n_ctx=n_ctx, threads=threads, kv_type=kv_type)
+        for adapter, scale in wanted:
+            stack.enter_context(superego.attach(llm, adapter.path, scale))
+        steps.update("reading the manifesto", 1, 2)
+        if cells is not None:
+            result = _converter("compact").compact_session(llm, model, text, output, cells, steps)
+        else:
+            result = save_session(llm, model, text, output, [(a, s) for a, s in wanted if s])
+        steps.update("reading the manifesto", 2, 2)
+    click.echo(json.dumps(result, indent=2) if as_json else _lines(result))
+    options = "".join(f" --persona {each}" for each in adapters)
+    click.echo(
+        f"Use it:\n  superego chat --base {base} --session {output}{options}\n"
+        f"  llama-server -m {model.path} -fa on -np 1 -cram 0 --slot-save-path "
+        f"{output.absolute().parent}\n"
+        "  curl -X POST 'localhost:8080/slots/0?action=restore' "
+        f'-d \'{{"filename": "{output.name}"}}\'',
+        err=True,
+    )
+
+
+@main.command()
 @_base_option
 @click.option(
     "--persona",
@@ -127,6 +203,7 @@ def compile(
     help="An adapter, with a scale if not 1; may be given several times.",
 )
 @click.option("--system", metavar="FILE", help="A manifesto to use as the system message.")
+@click.option("--session", "session_file", metavar="FILE", help="A saved session to start from.")
 @click.option("--message", help="Answer this one message and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
@@ -137,6 +214,7 @@ def chat(
     base: str,
     personas: tuple[str, ...],
     system: str | None,
+    session_file: str | None,
     message: str | None,
     max_tokens: int,
     temperature: float,
@@ -147,8 +225,11 @@ def chat(
     """Talk with a base, its personas on or off. Interactive unless --message is given."""
     from superego.chat import Chat
     from superego.runtime import load
+    from superego.session import Unfit, open_session, read_sidecar
     from superego.template import ChatTemplate
 
+    if system and session_file:
+        raise SuperegoError("--system and --session both give a system message; use one of them")
     model = open_base(base)
     wanted = [_persona(text) for text in personas]
     for adapter, _ in wanted:
@@ -156,11 +237,21 @@ def chat(
         _warn_other_weights(adapter, model)
     template = ChatTemplate(model.header)
     front = find_manifesto(system).body if system else None
-    llm = load(model, n_ctx=n_ctx, threads=threads, seed=seed)
+    kv_type = "f16"
+    if session_file is not None:
+        with suppress(Unfit):  # what is wrong with it is said when it is opened
+            kv_type = read_sidecar(Path(session_file)).kv_type
+    llm = load(model, n_ctx=n_ctx, threads=threads, seed=seed, kv_type=kv_type)
     with ExitStack() as stack:
         for adapter, scale in wanted:
             stack.enter_context(superego.attach(llm, adapter.path, scale))
-        talk = Chat(llm, template, front)
+        opened = None
+        if session_file is not None:
+            active = [(a, s) for a, s in wanted if s]
+            opened = open_session(llm, model, Path(session_file), active)
+            if opened.note:
+                click.echo(f"Note: {opened.note}.", err=True)
+        talk = Chat(llm, template, front, opened)
         if message is not None:
             _say(talk.reply(message, max_tokens, temperature))
             return

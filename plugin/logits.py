@@ -14,6 +14,8 @@ import numpy as np
 
 from superego.adapter import Adapter
 from superego.errors import SuperegoError
+from superego.session import put_cells
+from superego.state_file import State
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -24,8 +26,8 @@ _BATCH = 512  # tokens handed to llama.cpp at once
 class ParallelContext:
     """A context of its own on a loaded model, for up to `n_parallel` sequences.
 
-    All sequences continue one prefix, which is read once. Adapters given here act in
-    this context alone. Close it, or use it in a `with` block.
+    All sequences continue one prefix, which is read once, or which a checked state holds.
+    Adapters given here act in this context alone. Close it, or use it in a `with` block.
     """
 
     def __init__(
@@ -35,14 +37,16 @@ class ParallelContext:
         n_parallel: int,
         n_tokens: int,
         adapters: Sequence[tuple[Adapter, float]] = (),
+        state: State | None = None,
     ) -> None:
         import llama_cpp as c
 
         self._c = c
         self._n_vocab = llm.n_vocab()
-        self._prefix = list(prefix)
+        self._prefix = list(prefix) if state is None else state.tokens
+        self._state = state
         params = c.llama_context_default_params()
-        params.n_ctx = -(-(len(prefix) + n_parallel * n_tokens) // 256) * 256
+        params.n_ctx = -(-(len(self._prefix) + n_parallel * n_tokens) // 256) * 256
         params.n_batch = params.n_ubatch = _BATCH
         params.n_seq_max = n_parallel + 1
         params.kv_unified = True
@@ -71,6 +75,9 @@ class ParallelContext:
         if c.llama_set_adapters_lora(self._context, pointers, n, values):
             raise SuperegoError("llama.cpp refused the adapters")
         c.llama_memory_clear(self._memory, True)
+        if self._state is not None:
+            put_cells(self._context, self._state)
+            return
         for _ in self._decode([(t, i, 0, False) for i, t in enumerate(self._prefix)]):
             pass
 

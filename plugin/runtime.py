@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from superego.base import BaseModel
 from superego.errors import SuperegoError
+from superego.state_file import KV_TYPES
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -41,11 +42,13 @@ def load(
     gpu_layers: int = -1,
     vocab_only: bool = False,
     seed: int = 0,
+    kv_type: str = "f16",
 ) -> Llama:
     """A `llama_cpp.Llama` on this base; raises SuperegoError where llama.cpp cannot load it.
 
     Flash attention is on, as stock llama.cpp has it. `gpu_layers` -1 means all, which has
-    an effect only where llama.cpp was built for a GPU (Metal on macOS).
+    an effect only where llama.cpp was built for a GPU (Metal on macOS). `kv_type` is that of
+    the cached keys and values, f16 or q8_0.
     """
     import llama_cpp
 
@@ -60,6 +63,8 @@ def load(
             n_gpu_layers=gpu_layers,
             vocab_only=vocab_only,
             flash_attn=True,
+            type_k=int(KV_TYPES[kv_type]),
+            type_v=int(KV_TYPES[kv_type]),
             seed=seed,
             verbose=False,
         )
