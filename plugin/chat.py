@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from superego.errors import SuperegoError
 from superego.runtime import stop_tokens, tokenize
-from superego.session import Session
+from superego.session import Session, prefill, prefix_of
 from superego.template import ChatTemplate, Message
 
 if TYPE_CHECKING:
@@ -36,12 +36,27 @@ class Chat:
         self._llm = llm
         self._template = template
         self._stop = stop_tokens(llm)
+        self._prefix = prefix_of(llm, template, system) if system else []
         self._front: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = []
 
     def clear(self) -> None:
         """Forget the conversation, keep the system message."""
         self.messages.clear()
+
+    def _warm(self, front: list[int]) -> None:
+        """Have the system message in the cache, read by itself.
+
+        Rounding depends on what is read together: so a restored session and a system message
+        give the same reply, whatever the message is.
+        """
+        if not front or self._llm._input_ids[: len(front)].tolist() == front:
+            return
+        if len(front) < len(self._prefix):
+            # what was compacted cannot be read again: its tokens are not its text
+            raise SuperegoError("the session has left the model's cache; open it again")
+        if len(front) < self._llm.n_ctx():
+            prefill(self._llm, front)
 
     def reply(self, message: str, max_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
         """Stream the reply to a message; both join the conversation when it ends.
@@ -51,13 +66,10 @@ class Chat:
         turn: Message = {"role": "user", "content": message}
         text = self._template.render([*self._front, *self.messages, turn])
         tokens = tokenize(self._llm, text)
+        front = self._prefix
         if self._session is not None:
-            tokens = self._session.shorten(tokens)
-            n = len(self._session.tokens)
-            compacted = n < len(self._session.prefix)
-            if compacted and self._llm._input_ids[:n].tolist() != self._session.tokens:
-                # what was compacted cannot be read again: its tokens are not its text
-                raise SuperegoError("the session has left the model's cache; open it again")
+            tokens, front = self._session.shorten(tokens), self._session.tokens
+        self._warm(front)
         room = self._llm.n_ctx() - len(tokens)
         if room < 1:
             raise SuperegoError(

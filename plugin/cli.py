@@ -55,6 +55,13 @@ def _base_option(command: F) -> F:
 _threads = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Processors to use; all by default."
 )
+_gpu_layers = click.option(
+    "--gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    show_default=True,
+    help="Layers on the GPU, where llama.cpp was built for one (Metal on macOS); -1: all.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
@@ -140,6 +147,7 @@ def compile(
     help="Keep N cells instead of one a token (an approximation; not with --with).",
 )
 @_threads
+@_gpu_layers
 @_json
 def session(
     manifesto: str,
@@ -150,6 +158,7 @@ def session(
     kv_type: str,
     cells: int | None,
     threads: int | None,
+    gpu_layers: int,
     as_json: bool,
 ) -> None:
     """Save the state of having read MANIFESTO, so that a chat starts without reading it."""
@@ -171,16 +180,21 @@ def session(
         check_fit(adapter, model.header)
         _warn_other_weights(adapter, model)
     with Steps() as steps, ExitStack() as stack:
-        steps.update("loading the base", 0, 2)
-        llm = load(model, n_ctx=n_ctx, threads=threads, kv_type=kv_type)
+        llm = load(model, n_ctx, threads, gpu_layers, kv_type=kv_type)
         for adapter, scale in wanted:
             stack.enter_context(superego.attach(llm, adapter.path, scale))
-        steps.update("reading the manifesto", 1, 2)
         if cells is not None:
             result = _converter("compact").compact_session(llm, model, text, output, cells, steps)
         else:
-            result = save_session(llm, model, text, output, [(a, s) for a, s in wanted if s])
-        steps.update("reading the manifesto", 2, 2)
+            active = [(a, s) for a, s in wanted if s]
+            result = save_session(
+                llm,
+                model,
+                text,
+                output,
+                active,
+                lambda done, total: steps.update("reading the manifesto", done, total),
+            )
     click.echo(json.dumps(result, indent=2) if as_json else _lines(result))
     options = "".join(f" --persona {each}" for each in adapters)
     click.echo(
@@ -210,6 +224,7 @@ def session(
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
 @_threads
+@_gpu_layers
 def chat(
     base: str,
     personas: tuple[str, ...],
@@ -221,6 +236,7 @@ def chat(
     seed: int,
     n_ctx: int,
     threads: int | None,
+    gpu_layers: int,
 ) -> None:
     """Talk with a base, its personas on or off. Interactive unless --message is given."""
     from superego.chat import Chat
@@ -241,7 +257,7 @@ def chat(
     if session_file is not None:
         with suppress(Unfit):  # what is wrong with it is said when it is opened
             kv_type = read_sidecar(Path(session_file)).kv_type
-    llm = load(model, n_ctx=n_ctx, threads=threads, seed=seed, kv_type=kv_type)
+    llm = load(model, n_ctx, threads, gpu_layers, seed=seed, kv_type=kv_type)
     with ExitStack() as stack:
         for adapter, scale in wanted:
             stack.enter_context(superego.attach(llm, adapter.path, scale))

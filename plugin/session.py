@@ -11,7 +11,7 @@ import hashlib
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,7 +110,12 @@ def prefix_of(llm: Llama, template: ChatTemplate, manifesto: str) -> list[int]:
 
 
 def save_session(
-    llm: Llama, model: BaseModel, manifesto: Manifesto, path: Path, adapters: Adapters = ()
+    llm: Llama,
+    model: BaseModel,
+    manifesto: Manifesto,
+    path: Path,
+    adapters: Adapters = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Prefill the manifesto and save its state with a sidecar; returns what it cost.
 
@@ -119,7 +124,7 @@ def save_session(
     """
     check_writable(path)
     tokens = prefix_of(llm, ChatTemplate(model.header), manifesto.body)
-    prefill(llm, tokens)
+    prefill(llm, tokens, progress)
     return _save(llm, model, manifesto, tokens, path, adapters)
 
 
@@ -334,7 +339,9 @@ def _state(context: Any) -> bytes:
     return bytes(buffer)
 
 
-def prefill(llm: Llama, tokens: list[int]) -> None:
+def prefill(
+    llm: Llama, tokens: list[int], progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
     """Read a manifesto into an emptied cache; raises SuperegoError where it is too long."""
     if len(tokens) >= llm.n_ctx():
         raise SuperegoError(
@@ -343,7 +350,9 @@ def prefill(llm: Llama, tokens: list[int]) -> None:
         )
     llm.reset()
     llm._ctx.kv_cache_clear()
-    llm.eval(tokens)
+    for start in range(0, len(tokens), llm.n_batch):  # the pieces that eval would make
+        llm.eval(tokens[start : start + llm.n_batch])
+        progress(min(start + llm.n_batch, len(tokens)), len(tokens))
 
 
 def _kv_type(llm: Llama) -> Literal["f16", "q8_0"]:

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import tiny_model
 
 import superego
-from superego.adapter import write_adapter
+from superego.adapter import read_adapter, write_adapter
+from superego.base import open_base
 from superego.errors import SuperegoError
+from superego.runtime import load
 
 
 def logits(llm: Any, text: bytes = b"The captain said that the sea") -> np.ndarray:
@@ -92,3 +95,39 @@ def test_misfits_and_misuse_are_refused_before_llama_cpp(
     with pytest.raises(SuperegoError, match="not attached any more"):
         attachment.set_scale(1.0)
     assert superego.attachments(llm) == []
+
+
+def test_damaged_adapters_are_refused_or_work(tmp_path: Path) -> None:
+    """Seeded fuzz: whatever passes the checks in Python must not end the process."""
+    model = open_base(str(tiny_model(tmp_path / "t.gguf")))
+    live = load(model, n_ctx=256)
+    rng = np.random.default_rng(1)
+    good = tmp_path / "good.gguf"
+    pairs = {
+        f"blk.{i}.ffn_down.weight": (rng.random((4, 128)), rng.random((64, 4))) for i in range(2)
+    }
+    write_adapter(good, "llama", pairs, {"general.name": "good"})
+    whole = good.read_bytes()
+    front = read_adapter(good).header.table_bytes
+    bad = tmp_path / "bad.gguf"
+    refused = 0
+    for case in range(500):
+        data = bytearray(whole)
+        if case % 4 == 0:
+            data = data[: rng.integers(0, len(data))]
+        elif case % 4 == 1:
+            at = int(rng.integers(0, front - 4))
+            data[at : at + 4] = rng.bytes(4)
+        else:
+            for at in rng.integers(0, front, rng.integers(1, 8)):
+                data[at] ^= 1 << rng.integers(8)
+        bad.write_bytes(data)
+        try:
+            with superego.attach(live, bad):
+                live.reset()
+                live.eval([5, 6, 7])
+        except SuperegoError:
+            refused += 1
+    assert 300 < refused <= 500
+    with superego.attach(live, good):
+        assert len(superego.attachments(live)) == 1

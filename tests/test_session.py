@@ -77,9 +77,11 @@ def test_replies_after_a_restore_are_those_after_a_prefill(
         tokenize(llm, template.render(conversation(STEWARD.body, message)))
         for message in lines("heldout")
     ]
+    prefix = prefix_of(llm, template, STEWARD.body)
     read = []
     for prompt in prompts:
         fresh(llm)
+        llm.eval(prefix)  # by itself, as chat reads it: what is read together rounds together
         read.append(generate(llm, prompt, 12))
     fresh(llm)
     session = open_session(llm, smollm2, steward)
@@ -245,7 +247,7 @@ def test_what_does_not_fit_is_rebuilt_with_the_reason(
         open_session(llm, model, path)
 
 
-def test_two_thousand_damaged_sessions_never_reach_llama_cpp(
+def test_damaged_sessions_never_reach_llama_cpp(
     tiny: tuple[Any, BaseModel, Path], tmp_path: Path
 ) -> None:
     """Half with an honest sidecar, half with one that vouches for the damaged bytes."""
@@ -342,3 +344,28 @@ def test_a_stock_llama_server_restores_it(
     finally:
         server.kill()
         server.wait()
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path: Path, smollm2: BaseModel) -> None:
+    make = ("session", "steward", "--base", "smollm2")
+    assert "ends in .session" in refused(*make, "-o", str(tmp_path / "x.bin"))
+    assert "does not exist" in refused(*make, "-o", str(tmp_path / "no" / "x.session"))
+    out = str(tmp_path / "x.session")
+    assert "does not fit the context of 256" in refused(
+        "session", str(long_manifesto(tmp_path)), "--base", "smollm2", "-o", out, "--n-ctx", "256"
+    )
+    assert "no such file" in refused(*make, "-o", out, "--with", "none.gguf")
+    ask = ("chat", "--base", "smollm2", "--message", "hi", "--session")
+    assert "make it again" in refused(*ask, out)
+    (tmp_path / "odd.session.json").write_text("{")
+    assert "make it again" in refused(*ask, str(tmp_path / "odd.session"))
+    windowed = tiny_model(tmp_path / "g.gguf", "gemma2", **{"gemma2__attention__sliding_window": 8})
+    assert "plain key-value cache" in refused(
+        "session", "steward", "--base", str(windowed), "-o", out
+    )
+
+
+def long_manifesto(folder: Path) -> Path:
+    path = folder / "long.md"
+    path.write_text("Say what you know. " * 200)
+    return path
