@@ -217,7 +217,12 @@ def session(
     help="An adapter, with a scale if not 1; may be given several times.",
 )
 @click.option("--system", metavar="FILE", help="A manifesto to use as the system message.")
-@click.option("--session", "session_file", metavar="FILE", help="A saved session to start from.")
+@click.option(
+    "--session",
+    "session_file",
+    metavar="FILE",
+    help="A saved session; with --system it is made anew if it is not of that manifesto.",
+)
 @click.option("--message", help="Answer this one message and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
@@ -244,15 +249,13 @@ def chat(
     from superego.session import Unfit, open_session, read_sidecar
     from superego.template import ChatTemplate
 
-    if system and session_file:
-        raise SuperegoError("--system and --session both give a system message; use one of them")
     model = open_base(base)
     wanted = [_persona(text) for text in personas]
     for adapter, _ in wanted:
         check_fit(adapter, model.header)
         _warn_other_weights(adapter, model)
     template = ChatTemplate(model.header)
-    front = find_manifesto(system).body if system else None
+    text = find_manifesto(system) if system else None
     kv_type = "f16"
     if session_file is not None:
         with suppress(Unfit):  # what is wrong with it is said when it is opened
@@ -264,10 +267,10 @@ def chat(
         opened = None
         if session_file is not None:
             active = [(a, s) for a, s in wanted if s]
-            opened = open_session(llm, model, Path(session_file), active)
+            opened = open_session(llm, model, Path(session_file), active, text)
             if opened.note:
                 click.echo(f"Note: {opened.note}.", err=True)
-        talk = Chat(llm, template, front, opened)
+        talk = Chat(llm, template, text.body if text else None, opened)
         if message is not None:
             _say(talk.reply(message, max_tokens, temperature))
             return

@@ -250,9 +250,11 @@ def check_session(
 class Session:
     """A manifesto's state in a live model: `tokens` are in its cache, `prefix` is the text."""
 
-    def __init__(self, sidecar: Sidecar, prefix: list[int], tokens: list[int], note: str) -> None:
-        self.name = sidecar.name
-        self.manifesto = sidecar.manifesto
+    def __init__(
+        self, name: str, manifesto: str, prefix: list[int], tokens: list[int], note: str
+    ) -> None:
+        self.name = name
+        self.manifesto = manifesto
         self.prefix = prefix
         self.tokens = tokens
         self.note = note  # why it was rebuilt; empty where it was restored
@@ -269,35 +271,49 @@ class Session:
         return self.tokens + tokens[n:]
 
 
-def open_session(llm: Llama, model: BaseModel, path: Path, adapters: Adapters = ()) -> Session:
+def open_session(
+    llm: Llama,
+    model: BaseModel,
+    path: Path,
+    adapters: Adapters = (),
+    manifesto: Manifesto | None = None,
+) -> Session:
     """Restore a session, or rebuild it from its manifesto with a note that says why.
 
-    Raises SuperegoError where there is no readable sidecar, and so no text to rebuild from.
+    `manifesto` is what the session should be of, where the caller knows it: then it is also
+    rebuilt where the sidecar is missing or holds another. Raises SuperegoError where there is
+    no text to rebuild from.
     """
+    template = ChatTemplate(model.header)
+    sidecar: Sidecar | None = None
+    reason: Unfit
     try:
         sidecar = read_sidecar(path)
-    except Unfit as error:
-        raise SuperegoError(
-            f"{error}; a session cannot be used without it, and its manifesto's text is in "
-            f"it; make it again: superego session MANIFESTO --base BASE -o {path}"
-        ) from None
-    template = ChatTemplate(model.header)
-    prefix = prefix_of(llm, template, sidecar.manifesto)
-    try:
+        if manifesto is not None and sidecar.manifesto != manifesto.body:
+            raise Unfit(f"{path}: is of another manifesto, '{sidecar.name}'")
+        prefix = prefix_of(llm, template, sidecar.manifesto)
         state = check_session(llm, model, template, path, sidecar, prefix, adapters)
         put_state(llm, state)
-        return Session(sidecar, prefix, state.tokens, "")
+        return Session(sidecar.name, sidecar.manifesto, prefix, state.tokens, "")
     except Unfit as error:
         reason = error
+    if manifesto is None:
+        if sidecar is None:
+            raise SuperegoError(
+                f"{reason}; a session cannot be used without it, and its manifesto's text is in "
+                "it; give the manifesto too (chat: --system MANIFESTO), or make it again: "
+                f"superego session MANIFESTO --base BASE -o {path}"
+            ) from None
+        manifesto = Manifesto(sidecar.name, sidecar.manifesto)
+    prefix = prefix_of(llm, template, manifesto.body)
     prefill(llm, prefix)
     note = f"{reason}; the manifesto was read anew"
-    if sidecar.cells < sidecar.prefix_tokens:
+    if sidecar is not None and sidecar.cells < sidecar.prefix_tokens:
         note += f" in full ({len(prefix)} cells instead of {sidecar.cells})"
     elif reason.useless and os.access(path.absolute().parent, os.W_OK):
-        manifesto = Manifesto(sidecar.name, sidecar.manifesto)
         _save(llm, model, manifesto, prefix, path, [(a, s) for a, s in adapters if s])
         note += " and the session saved again"
-    return Session(sidecar, prefix, prefix, note)
+    return Session(manifesto.name, manifesto.body, prefix, prefix, note)
 
 
 def put_state(llm: Llama, state: State) -> None:

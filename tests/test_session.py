@@ -139,7 +139,15 @@ def test_the_command_saves_what_chat_starts_from(tmp_path: Path, pirate: Path) -
     warm = run(*ask, "--session", str(mine), "--persona", str(pirate))
     assert warm.stdout == both.stdout
     assert "Note" not in warm.stderr
-    assert "use one of them" in refused(*ask, "--session", str(out), "--system", "terse")
+    both = run(*ask, "--session", str(out), "--system", "terse")
+    assert "is of another manifesto, 'steward'" in both.stderr
+    assert both.stdout == run(*ask, "--system", "terse").stdout
+    sidecar_path(out).unlink()
+    rebuilt = run(*ask, "--session", str(out), "--system", "steward")
+    assert "is missing; the manifesto was read anew and the session saved again" in rebuilt.stderr
+    again = run(*ask, "--session", str(out))
+    assert again.stdout == rebuilt.stdout == restored.stdout
+    assert "Note" not in again.stderr
 
 
 def test_a_quantized_cache_is_restored_too(tmp_path: Path) -> None:
