@@ -32,7 +32,7 @@ from superego.converters.transformer import (
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.progress import Steps
-from superego.session import prefill, prefix_of, state_bytes, write_session
+from superego.session import kv_type_of, prefill, prefix_of, state_bytes, write_session
 from superego.state_file import build, layout, parse
 from superego.template import ChatTemplate
 
@@ -100,8 +100,7 @@ def compact_session(
         lambda done, total: steps.update("writing references", done, total),
     )
     prefill(llm, prefix)
-    kind = GGMLQuantizationType.Q8_0 if _quantized(llm) else GGMLQuantizationType.F16
-    shape = layout(model.header, "q8_0" if _quantized(llm) else "f16")
+    shape = layout(model.header, kv_type_of(llm))
     full = parse(state_bytes(llm, prefix), shape, path, len(prefix))
     pack = Pack(conversations[:_CONVERSATIONS], prefix)
     streams = Streams(base, pack)
@@ -113,7 +112,7 @@ def compact_session(
     order: list[int] = []
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
-        key, value = (_rows(base, rows[index], kind) for rows in (full.keys, full.values))
+        key, value = (_rows(base, rows[index], shape.kv_type) for rows in (full.keys, full.values))
         key = _halves(base, key)  # (n_head_kv, tokens, head_dim)
         query, outside = _queries(base, streams, index, key, front, common, generator)
         found = [
@@ -122,25 +121,20 @@ def compact_session(
         ]
         if not order:
             order = sorted(int(t) + front for t in found[0].token)
-        parts = []
-        for h, head in enumerate(found):
-            sequence = head.token.argsort()
-            parts.append(
-                (
-                    torch.cat([key[h, :front], head.key[sequence], key[h, len(prefix) - common :]]),
-                    torch.cat(
-                        [value[h, :front], head.value[sequence], value[h, len(prefix) - common :]]
-                    ),
-                )
-            )
-        new_key = rotate(torch.stack([k for k, _ in parts], 1), *turn, base.shape)
-        new_value = torch.stack([v for _, v in parts], 1)  # (cells, n_head_kv, head_dim)
-        keys.append(_bytes(_pairs(base, new_key), kind))
-        values.append(_bytes(new_value, kind))
+        sequences = [head.token.argsort() for head in found]
+        fitted_key = torch.stack([c.key[s] for c, s in zip(found, sequences, strict=True)])
+        fitted_value = torch.stack([c.value[s] for c, s in zip(found, sequences, strict=True)])
+        new_key, new_value = (
+            torch.cat([old[:, :front], fitted, old[:, body.stop :]], 1).transpose(0, 1)
+            for old, fitted in ((key, fitted_key), (value, fitted_value))
+        )  # (cells, n_head_kv, head_dim)
+        new_key = rotate(new_key, *turn, base.shape)
+        keys.append(_bytes(_pairs(base, new_key), shape.kv_type))
+        values.append(_bytes(new_value, shape.kv_type))
         for write in WRITES:
             streams.add(streams.inputs(layer, write), getattr(layer, write))
         steps.update("compacting layers", index + 1, base.shape.n_layer)
-    tokens = prefix[:front] + [prefix[i] for i in order] + prefix[len(prefix) - common :]
+    tokens = prefix[:front] + [prefix[i] for i in order] + prefix[body.stop :]
     data = build(tokens, keys, values, shape)
     parse(data, shape, path, len(tokens))
     write_session(path, data, model, llm, manifesto, prefix, cells, ())
@@ -252,10 +246,6 @@ def _pairs(base: Base, key: torch.Tensor) -> torch.Tensor:
     if base.shape.architecture != "llama":
         return key
     return key.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-
-def _quantized(llm: Llama) -> bool:
-    return bool(llm.context_params.type_k == GGMLQuantizationType.Q8_0)
 
 
 def _bytes(heads: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:

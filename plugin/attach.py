@@ -108,28 +108,24 @@ class _Model:
         return attachment
 
     def remove(self, gone: list[Attachment]) -> None:
+        self.attachments = [a for a in self.attachments if a not in gone]
+        self.apply()
+        self.drop(gone)
+
+    def drop(self, gone: list[Attachment]) -> None:
+        """Free attachments that take no part any more: what is in the cache stays valid."""
         import llama_cpp
 
         self.attachments = [a for a in self.attachments if a not in gone]
-        self.apply()
         for attachment in gone:
             if attachment._pointer is not None:
                 llama_cpp.llama_adapter_lora_free(attachment._pointer)
                 attachment._pointer = None
 
-    def drop(self, gone: list[Attachment]) -> None:
-        """Take off attachments of scale 0: what is in the cache was made without them."""
-        import llama_cpp
-
-        self.attachments = [a for a in self.attachments if a not in gone]
-        for attachment in gone:
-            llama_cpp.llama_adapter_lora_free(attachment._pointer)
-            attachment._pointer = None
-
     def restore(self, path: Path, attachment: Attachment | None = None) -> Attachment:
         """Put a session into the cache, behind the adapters that are attached now."""
         attachment = attachment or Attachment(self, None, None, 1.0)
-        active = [(a.adapter, a.scale) for a in self.attachments if a.adapter and a.scale]
+        active = [(a.adapter, a.scale) for a in self.attachments if a.adapter]
         attachment.session = open_session(self.llm(), self.base(), path, active)
         if attachment.session.note:
             warnings.warn(attachment.session.note, stacklevel=3)
@@ -246,11 +242,9 @@ def swap(llm: Llama, persona: str | Path, scale: float = 1.0) -> Attachment:
         if before:
             before[0]._model.apply()
         raise
-    session = new.session
     if before:
         # with scale 0 they take no part, so taking them off leaves the new state valid
         new._model.drop(before)
-        new.session = session
     return new
 
 

@@ -36,7 +36,11 @@ class Chat:
         self._llm = llm
         self._template = template
         self._stop = stop_tokens(llm)
-        self._prefix = prefix_of(llm, template, system) if system else []
+        self._prefix: list[int] = []
+        if session is not None:
+            self._prefix = session.prefix
+        elif system:
+            self._prefix = prefix_of(llm, template, system)
         self._front: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = []
 

@@ -186,13 +186,12 @@ def session(
         if cells is not None:
             result = _converter("compact").compact_session(llm, model, text, output, cells, steps)
         else:
-            active = [(a, s) for a, s in wanted if s]
             result = save_session(
                 llm,
                 model,
                 text,
                 output,
-                active,
+                wanted,
                 lambda done, total: steps.update("reading the manifesto", done, total),
             )
     click.echo(json.dumps(result, indent=2) if as_json else _lines(result))
@@ -266,8 +265,7 @@ def chat(
             stack.enter_context(superego.attach(llm, adapter.path, scale))
         opened = None
         if session_file is not None:
-            active = [(a, s) for a, s in wanted if s]
-            opened = open_session(llm, model, Path(session_file), active, text)
+            opened = open_session(llm, model, Path(session_file), wanted, text)
             if opened.note:
                 click.echo(f"Note: {opened.note}.", err=True)
         talk = Chat(llm, template, text.body if text else None, opened)

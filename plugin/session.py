@@ -137,7 +137,7 @@ def _save(
     adapters: Adapters,
 ) -> dict[str, Any]:
     """Save what is in the cache: the manifesto's tokens and nothing else."""
-    shape = layout(model.header, _kv_type(llm))
+    shape = layout(model.header, kv_type_of(llm))
     started = time.perf_counter()
     data = state_bytes(llm, tokens)
     parse(data, shape, path, _MAX_CELLS)  # what we write must be what we would accept
@@ -180,9 +180,10 @@ def write_session(
                 file=adapter.path.name, sha256=_sha256(adapter.path.read_bytes()), scale=scale
             )
             for adapter, scale in adapters
+            if scale  # at 0 an adapter takes no part
         ],
         n_ctx=llm.n_ctx(),
-        kv_type=_kv_type(llm),
+        kv_type=kv_type_of(llm),
         flash_attention=True,
         state_version=VERSION,
         state_bytes=len(data),
@@ -210,14 +211,14 @@ def check_session(
     import llama_cpp
 
     def need(what: str, found: object, wanted: object, useless: bool = False) -> None:
-        if found != wanted:
-            raise Unfit(f"{path}: {what}: made with {found}, here {wanted}", useless)
+        if found != wanted:  # hashes are compared whole and shown short
+            made, here = str(found)[:12], str(wanted)[:12]
+            raise Unfit(f"{path}: {what}: made with {made}, here {here}", useless)
 
     need("state version", sidecar.state_version, llama_cpp.LLAMA_STATE_SEQ_VERSION, True)
-    need("base fingerprint", sidecar.base_fingerprint[:12], model.fingerprint[:12])
-    need("base", sidecar.base_fingerprint, model.fingerprint)
+    need("base fingerprint", sidecar.base_fingerprint, model.fingerprint)
     need("chat template", sidecar.template_sha256, _sha256(template.source.encode()))
-    need("key-value type", sidecar.kv_type, _kv_type(llm))
+    need("key-value type", sidecar.kv_type, kv_type_of(llm))
     need("flash attention", sidecar.flash_attention, _flash(llm))
     if sidecar.cells > llm.n_ctx():
         raise Unfit(f"{path}: {sidecar.cells} cells do not fit the context of {llm.n_ctx()}")
@@ -226,7 +227,7 @@ def check_session(
     if made != here:
         listed = ", ".join(f"{a.file}:{a.scale:g}" for a in sidecar.adapters) or "none"
         raise Unfit(f"{path}: adapters: made with {listed}, here {len(here)} that differ")
-    need("manifesto as tokens", sidecar.prefix_sha256[:12], _sha256(_token_bytes(prefix))[:12])
+    need("manifesto as tokens", sidecar.prefix_sha256, _sha256(_token_bytes(prefix)))
     try:
         if path.is_symlink():
             raise Unfit(f"{path}: is a symbolic link")
@@ -311,7 +312,7 @@ def open_session(
     if sidecar is not None and sidecar.cells < sidecar.prefix_tokens:
         note += f" in full ({len(prefix)} cells instead of {sidecar.cells})"
     elif reason.useless and os.access(path.absolute().parent, os.W_OK):
-        _save(llm, model, manifesto, prefix, path, [(a, s) for a, s in adapters if s])
+        _save(llm, model, manifesto, prefix, path, adapters)
         note += " and the session saved again"
     return Session(manifesto.name, manifesto.body, prefix, prefix, note)
 
@@ -371,7 +372,8 @@ def prefill(
         progress(min(start + llm.n_batch, len(tokens)), len(tokens))
 
 
-def _kv_type(llm: Llama) -> Literal["f16", "q8_0"]:
+def kv_type_of(llm: Llama) -> Literal["f16", "q8_0"]:
+    """The type of a live model's cached keys and values; raises Unfit for any other."""
     params = llm.context_params
     for name, kind in KV_TYPES.items():
         if params.type_k == kind and params.type_v == kind:

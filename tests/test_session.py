@@ -217,8 +217,6 @@ def test_what_does_not_fit_is_rebuilt_with_the_reason(
     assert expected.note == ""
     other = open_base(str(tiny_model(tmp_path / "other.gguf", seed=1)))
     assert "base" in open_session(load(other, n_ctx=256), other, good).note
-    quantized = load(model, n_ctx=256, kv_type="f16")
-    quantized.context_params.type_k = 8
     path = copied(good, tmp_path / "version")
     lie(path, state_version=2)
     session = open_session(llm, model, path)
