@@ -8,21 +8,30 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 import superego
-from superego.adapter import Adapter, check_fit, mismatches, read_adapter, same_weights
-from superego.base import BaseModel, open_base
+from superego.adapter import check_fit, mismatches, read_adapter, same_weights
+from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
 from superego.errors import SuperegoError
+from superego.options import (
+    base_option,
+    converter,
+    gpu_layers_option,
+    json_option,
+    parse_persona,
+    say,
+    table,
+    threads_option,
+    warn_other_weights,
+)
 from superego.progress import Steps
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
@@ -43,28 +52,6 @@ class _Group(click.Group):
             ctx.exit(0)
 
 
-def _base_option(command: F) -> F:
-    return click.option(
-        "--base",
-        required=True,
-        metavar="BASE",
-        help="A GGUF file, 'smollm2' (extra demo) or 'ollama:NAME[:TAG]'.",
-    )(command)
-
-
-_threads = click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Processors to use; all by default."
-)
-_gpu_layers = click.option(
-    "--gpu-layers",
-    type=click.IntRange(-1),
-    default=-1,
-    show_default=True,
-    help="Layers on the GPU, where llama.cpp was built for one (Metal on macOS); -1: all.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(superego.__version__, prog_name="superego")
 def main() -> None:
@@ -73,7 +60,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("manifesto")
-@_base_option
+@base_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
 @click.option(
     "--effort",
@@ -84,8 +71,8 @@ def main() -> None:
 )
 @click.option("--rank", type=click.IntRange(1, 512), help="Rank of the adapter.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@_threads
-@_json
+@threads_option
+@json_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would cost.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write cached references.")
 def compile(
@@ -103,11 +90,11 @@ def compile(
     """Compute a GGUF LoRA adapter from MANIFESTO (a file or a bundled persona's name)."""
     text = find_manifesto(manifesto)
     model = open_base(base)
-    compiler = _converter("compile")
+    compiler = converter("compile")
     settings = compiler.Settings.for_effort(effort, rank=rank, seed=seed)
     if dry_run:
         plan = compiler.plan(text, model, settings, threads)
-        click.echo(json.dumps(plan, indent=2) if as_json else _lines(plan))
+        click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
     with Steps() as steps:
         result = compiler.compile_manifesto(
@@ -116,7 +103,7 @@ def compile(
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        click.echo(_lines(result))
+        click.echo(table(result))
     click.echo(
         f"Use it:\n  superego chat --base {base} --persona {output}\n"
         f"  llama-server -m {model.path} --lora {output} -cram 0",
@@ -126,7 +113,7 @@ def compile(
 
 @main.command()
 @click.argument("manifesto")
-@_base_option
+@base_option
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.session"
 )
@@ -146,9 +133,9 @@ def compile(
     metavar="N",
     help="Keep N cells instead of one a token (an approximation; not with --with).",
 )
-@_threads
-@_gpu_layers
-@_json
+@threads_option
+@gpu_layers_option
+@json_option
 def session(
     manifesto: str,
     base: str,
@@ -175,16 +162,16 @@ def session(
     check_writable(output)
     if cells is not None and adapters:
         raise SuperegoError("--compact reads the bare base; it cannot be combined with --with")
-    wanted = [_persona(each) for each in adapters]
+    wanted = [parse_persona(each) for each in adapters]
     for adapter, _ in wanted:
         check_fit(adapter, model.header)
-        _warn_other_weights(adapter, model)
+        warn_other_weights(adapter, model)
     with Steps() as steps, ExitStack() as stack:
         llm = load(model, n_ctx, threads, gpu_layers, kv_type=kv_type)
         for adapter, scale in wanted:
             stack.enter_context(superego.attach(llm, adapter.path, scale))
         if cells is not None:
-            result = _converter("compact").compact_session(llm, model, text, output, cells, steps)
+            result = converter("compact").compact_session(llm, model, text, output, cells, steps)
         else:
             result = save_session(
                 llm,
@@ -194,7 +181,7 @@ def session(
                 wanted,
                 lambda done, total: steps.update("reading the manifesto", done, total),
             )
-    click.echo(json.dumps(result, indent=2) if as_json else _lines(result))
+    click.echo(json.dumps(result, indent=2) if as_json else table(result))
     options = "".join(f" --persona {each}" for each in adapters)
     click.echo(
         f"Use it:\n  superego chat --base {base} --session {output}{options}\n"
@@ -207,7 +194,7 @@ def session(
 
 
 @main.command()
-@_base_option
+@base_option
 @click.option(
     "--persona",
     "personas",
@@ -227,8 +214,8 @@ def session(
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
-@_threads
-@_gpu_layers
+@threads_option
+@gpu_layers_option
 def chat(
     base: str,
     personas: tuple[str, ...],
@@ -249,10 +236,10 @@ def chat(
     from superego.template import ChatTemplate
 
     model = open_base(base)
-    wanted = [_persona(text) for text in personas]
+    wanted = [parse_persona(text) for text in personas]
     for adapter, _ in wanted:
         check_fit(adapter, model.header)
-        _warn_other_weights(adapter, model)
+        warn_other_weights(adapter, model)
     template = ChatTemplate(model.header)
     text = find_manifesto(system) if system else None
     kv_type = "f16"
@@ -270,7 +257,7 @@ def chat(
                 click.echo(f"Note: {opened.note}.", err=True)
         talk = Chat(llm, template, text.body if text else None, opened)
         if message is not None:
-            _say(talk.reply(message, max_tokens, temperature))
+            say(talk.reply(message, max_tokens, temperature))
             return
         click.echo("Type a message; /clear forgets, /quit or Ctrl-D leaves.", err=True)
         for line in _typed():
@@ -280,7 +267,7 @@ def chat(
                 talk.clear()
             elif line:
                 try:
-                    _say(talk.reply(line, max_tokens, temperature))
+                    say(talk.reply(line, max_tokens, temperature))
                 except KeyboardInterrupt:
                     click.echo()  # stops this reply, not the chat
                 except SuperegoError as error:
@@ -289,7 +276,7 @@ def chat(
 
 @main.command()
 @click.argument("adapter")
-@_base_option
+@base_option
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
@@ -297,8 +284,8 @@ def chat(
 )
 @click.option("--against", metavar="FILE", help="Another persona's adapter, for specificity.")
 @click.option("--max-tokens", type=click.IntRange(1, 4096), default=48, show_default=True)
-@_threads
-@_json
+@threads_option
+@json_option
 def evaluate(
     adapter: str,
     base: str,
@@ -312,10 +299,10 @@ def evaluate(
     from superego.evaluate import evaluate as measure
 
     model = open_base(base)
-    checked = [_persona(text) for text in (adapter, against) if text]
+    checked = [parse_persona(text) for text in (adapter, against) if text]
     for each, _ in checked:
         check_fit(each, model.header)
-        _warn_other_weights(each, model)
+        warn_other_weights(each, model)
     manifesto = checked[0][0].own.get("manifesto")
     if not isinstance(manifesto, str):
         raise SuperegoError(
@@ -350,13 +337,13 @@ def evaluate(
     }
     if report.specificity is not None:
         rows["specificity"] = f"{report.specificity:.3f}"
-    click.echo(_lines(rows))
+    click.echo(table(rows))
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", metavar="BASE", help="Also say whether it fits this base.")
-@_json
+@json_option
 def inspect(file: Path, base: str | None, as_json: bool) -> None:
     """Show what is in an adapter, and whether it fits a base."""
     adapter = read_adapter(file)
@@ -383,12 +370,12 @@ def inspect(file: Path, base: str | None, as_json: bool) -> None:
         click.echo(json.dumps(info, indent=2))
         return
     metadata = info.pop("metadata")
-    click.echo(_lines(info))
-    click.echo(_lines(metadata))
+    click.echo(table(info))
+    click.echo(table(metadata))
 
 
 @main.command()
-@_json
+@json_option
 @click.option("--show", metavar="NAME", help="Print one manifesto as it is given to the model.")
 def personas(as_json: bool, show: str | None) -> None:
     """List the bundled personas; their names can be given to compile and chat --system."""
@@ -411,45 +398,7 @@ def personas(as_json: bool, show: str | None) -> None:
         ]
         click.echo(json.dumps(rows, indent=2))
     else:
-        click.echo(_lines({p.name: p.description for p in found.values()}))
-
-
-def _converter(name: str) -> Any:
-    """A converters module; they need torch, which the run-time side does without."""
-    import importlib
-
-    try:
-        return importlib.import_module(f"superego.converters.{name}")
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("superego"):
-            raise
-        raise SuperegoError(
-            f"this command needs {error.name}, which is not installed; "
-            "pip install 'superego[convert]'"
-        ) from None
-
-
-def _persona(text: str) -> tuple[Adapter, float]:
-    """FILE or FILE:SCALE; a name with a colon of its own is taken as it is if it exists."""
-    path, _, scale = text.rpartition(":")
-    if Path(text).exists() or not path:
-        return read_adapter(Path(text)), 1.0
-    try:
-        value = float(scale)
-    except ValueError:
-        return read_adapter(Path(text)), 1.0
-    if not -100 <= value <= 100:
-        raise SuperegoError(f"{text}: scale {scale} is not between -100 and 100")
-    return read_adapter(Path(path)), value
-
-
-def _warn_other_weights(adapter: Adapter, model: BaseModel) -> None:
-    if same_weights(adapter, model) is False:
-        click.echo(
-            f"Note: {adapter.path} fits {model.path} but was made from a file with other "
-            "weights; expect less. Compile it for this base.",
-            err=True,
-        )
+        click.echo(table({p.name: p.description for p in found.values()}))
 
 
 def _lines_of(path: Path) -> list[str]:
@@ -463,13 +412,6 @@ def _lines_of(path: Path) -> list[str]:
     return found
 
 
-def _say(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
-
-
 def _typed() -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401  line editing, where the platform has it
@@ -478,18 +420,3 @@ def _typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-
-
-def _lines(values: dict[str, Any]) -> str:
-    width = max((len(str(k)) for k in values), default=0)
-    return "\n".join(f"{k!s:<{width}}  {_value(v)}" for k, v in values.items())
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return "; ".join(map(str, value)) or "none"
-    return str(value)

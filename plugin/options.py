@@ -1,0 +1,101 @@
+"""Options, arguments and output that commands share.
+
+Knows click and how results are shown. Holds no command.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from superego.adapter import Adapter, read_adapter, same_weights
+from superego.base import BaseModel
+from superego.errors import SuperegoError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def base_option(command: F) -> F:
+    return click.option(
+        "--base",
+        required=True,
+        metavar="BASE",
+        help="A GGUF file, 'smollm2' (extra demo) or 'ollama:NAME[:TAG]'.",
+    )(command)
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Processors to use; all by default."
+)
+gpu_layers_option = click.option(
+    "--gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    show_default=True,
+    help="Layers on the GPU, where llama.cpp was built for one (Metal on macOS); -1: all.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+def converter(name: str) -> Any:
+    """A converters module; they need torch, which the run-time side does without."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"superego.converters.{name}")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("superego"):
+            raise
+        raise SuperegoError(
+            f"this command needs {error.name}, which is not installed; "
+            "pip install 'superego[convert]'"
+        ) from None
+
+
+def parse_persona(text: str) -> tuple[Adapter, float]:
+    """FILE or FILE:SCALE; a name with a colon of its own is taken as it is if it exists."""
+    path, _, scale = text.rpartition(":")
+    if Path(text).exists() or not path:
+        return read_adapter(Path(text)), 1.0
+    try:
+        value = float(scale)
+    except ValueError:
+        return read_adapter(Path(text)), 1.0
+    if not -100 <= value <= 100:
+        raise SuperegoError(f"{text}: scale {scale} is not between -100 and 100")
+    return read_adapter(Path(path)), value
+
+
+def warn_other_weights(adapter: Adapter, model: BaseModel) -> None:
+    if same_weights(adapter, model) is False:
+        click.echo(
+            f"Note: {adapter.path} fits {model.path} but was made from a file with other "
+            "weights; expect less. Compile it for this base.",
+            err=True,
+        )
+
+
+def say(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def table(values: dict[str, Any]) -> str:
+    width = max((len(str(k)) for k in values), default=0)
+    return "\n".join(f"{k!s:<{width}}  {_value(v)}" for k, v in values.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "none"
+    return str(value)
