@@ -340,6 +340,11 @@ def evaluate(
     click.echo(table(rows))
 
 
+@main.group()
+def export() -> None:
+    """Write a persona in the form that another program takes."""
+
+
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", metavar="BASE", help="Also say whether it fits this base.")
