@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from superego.converters.slot import Probe, find_slot, write_cell
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -19,6 +20,7 @@ from superego.converters.streams import (
     Conversation,
     Pack,
     Streams,
+    changed_layer,
 )
 from superego.converters.transformer import Base
 
@@ -59,22 +61,42 @@ def solve(
     lacks of the teacher's, ΔW = Rᵀ X (XᵀX + ridge·diag(XᵀX))⁻¹ with the write's own ridge,
     cut to `rank` and applied before the walk goes on, so that later writes mend what earlier
     ones left.
+
+    Where the student's prefix has a token that can be told from all others, its keys and
+    values are first made to stand for the manifesto's (slot.py), and the fit mends the rest.
     """
     teacher = Streams(base, Pack(conversations, prefixes.teacher))
     student = Streams(base, Pack(conversations, prefixes.student))
     bare = Streams(base, Pack(conversations[:1], prefixes.student))  # for its prefix alone
     own = len(prefixes.student) - prefixes.common  # prefix rows without a twin: kept as they are
     weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
-    changes: Changes = {}
+    slot = find_slot(base, conversations, prefixes.student, own)
+    changes: Changes = dict(slot.changes) if slot else {}
+    if slot:
+        probe = Probe(
+            base, conversations, prefixes.teacher, prefixes.student, max(1, prefixes.common)
+        )
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
+        if slot:
+            if index > slot.layer:
+                written = write_cell(base, layer, student, slot, probe.cell(index))
+                changes.update({(index, matrix): found for matrix, found in written.items()})
+            probe.advance(index)
+        changed = changed_layer(base, index, changes)
         for write in WRITES:
             matrix = getattr(layer, write)
             teacher.add(teacher.inputs(layer, write), matrix)
-            bare.add(bare.inputs(layer, write), matrix)
-            inputs = student.inputs(layer, write)
+            own_inputs = bare.inputs(changed, write)
+            bare.add(own_inputs, matrix)
+            inputs = student.inputs(changed, write)
             student.add(inputs, matrix)
             rows, prefix = inputs
+            mark = changes.get((index, write))
+            if slot and mark:
+                bare.add_change(own_inputs, mark)
+                student.add_change(inputs, mark)
+                rows, prefix = (_without(each, slot.neuron) for each in inputs)
             # An attention sink's input is huge; uncapped it would drive the whole fit.
             norms = prefix[:own].float().norm(dim=1)
             cap = (_ANCHOR_CAP * rows.float().norm(dim=1).median() / norms).clamp(max=1)
@@ -86,16 +108,31 @@ def solve(
                     - student.prefix[own:],
                 ]
             )
+            wanted = torch.cat([teacher.rows - student.rows, lacking * scale])
+            if slot:  # noise in the mark's direction would be read as the mark
+                wanted -= torch.outer(wanted @ slot.direction, slot.direction)
             change = fit(
                 torch.cat([rows, (prefix.float() * scale).to(rows.dtype)]),
-                torch.cat([teacher.rows - student.rows, lacking * scale]).to(rows.dtype),
+                wanted.to(rows.dtype),
                 rank,
                 ridges[write],
             )
             student.add_change(inputs, change)
-            changes[index, write] = change
+            changes[index, write] = _both(mark, change) if mark else change
         progress(index + 1, base.shape.n_layer)
     return changes
+
+
+def _without(rows: torch.Tensor, column: int) -> torch.Tensor:
+    """Rows with one column zeroed: what the fit must not read."""
+    rows = rows.clone()
+    rows[:, column] = 0
+    return rows
+
+
+def _both(first: Change, second: Change) -> Change:
+    """The sum of two changes of one matrix."""
+    return Change(torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1))
 
 
 def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) -> Change:

@@ -39,7 +39,7 @@ from superego.manifesto import Manifesto
 from superego.progress import Steps
 from superego.runtime import default_threads, load
 
-METHOD = "closed-form"
+METHOD = "slot and closed form"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ know how changes are found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from superego.converters.transformer import (
     Rows,
     attend,
     feed_forward,
+    pairs_to_halves,
     project_qkv,
     rms_norm,
 )
@@ -35,7 +36,38 @@ class Change:
     b: torch.Tensor
 
 
-Changes = dict[tuple[int, str], Change]  # (layer, matrix) -> its change
+# (layer, matrix) -> its change, with rows as the GGUF has them
+Changes = dict[tuple[int, str], Change]
+
+
+def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
+    """Layer `index` with the changes of the matrices that read the stream folded in.
+
+    Those of WRITES are left to `Streams.add_change`.
+    """
+    layer, shape = base.layer(index), base.shape
+    width = shape.n_head_kv * shape.head_dim
+    queries = shape.n_head * shape.head_dim
+    places = {
+        "attn_q": ("qkv", 0),
+        "attn_k": ("qkv", queries),
+        "attn_v": ("qkv", queries + width),
+        "ffn_gate": ("gate_up", 0),
+        "ffn_up": ("gate_up", shape.d_ff),
+    }
+    folded: dict[str, torch.Tensor] = {}
+    for matrix, (name, start) in places.items():
+        change = changes.get((index, matrix))
+        if change is None:
+            continue
+        delta = change.b.float() @ change.a.float()
+        if shape.architecture == "llama" and matrix in ("attn_q", "attn_k"):
+            delta = pairs_to_halves(delta, shape.head_dim)
+        if name not in folded:
+            folded[name] = getattr(layer, name).to(torch.float32, copy=True)
+        whole = folded[name]
+        whole[start : start + len(delta)] += delta
+    return replace(layer, **{name: whole.to(base.dtype) for name, whole in folded.items()})
 
 
 @dataclass(frozen=True)
@@ -117,7 +149,7 @@ def predictions(base: Base, pack: Pack, changes: Changes | None = None) -> torch
     """Walk all layers; the last stream (n, d_model) at the rows that predict replies."""
     streams = Streams(base, pack)
     for index in range(base.shape.n_layer):
-        layer = base.layer(index)
+        layer = changed_layer(base, index, changes) if changes else base.layer(index)
         for write in WRITES:
             inputs = streams.inputs(layer, write)
             streams.add(inputs, getattr(layer, write))

@@ -117,9 +117,9 @@ class Base:
             # llama.cpp rotates adjacent pairs for this architecture; the half layout is
             # the same rotation after one fixed permutation of rows, and Q·K is unchanged.
             for name in ("q", "k"):
-                rows[name] = _pairs_to_halves(rows[name], shape.head_dim)
+                rows[name] = pairs_to_halves(rows[name], shape.head_dim)
                 if biases:
-                    biases[name] = _pairs_to_halves(biases[name][:, None], shape.head_dim)[:, 0]
+                    biases[name] = pairs_to_halves(biases[name][:, None], shape.head_dim)[:, 0]
         layer = Layer(
             attn_norm=self._vector(prefix + "attn_norm.weight"),
             qkv=torch.cat([rows["q"], rows["k"], rows["v"]]).to(self.dtype),
@@ -154,9 +154,16 @@ class Base:
         return F.linear(hidden, self.output)
 
 
-def _pairs_to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+def pairs_to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows (n, width) of Q or K as the GGUF of a `llama` has them -> half layout."""
     n, width = rows.shape
     return rows.view(n // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(n, width)
+
+
+def halves_to_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The inverse of `pairs_to_halves`."""
+    n, width = rows.shape
+    return rows.view(n // head_dim, 2, head_dim // 2, width).transpose(1, 2).reshape(n, width)
 
 
 def read_shape(header: Header) -> Shape:

@@ -90,9 +90,10 @@ def changes_of(path: Path) -> Any:
     from superego.converters.streams import Change
 
     found = {t.name: torch.from_numpy(np.array(t.data)).float() for t in GGUFReader(path).tensors}
+    alpha = read_adapter(path).alpha
     return {
         (int(name.split(".")[1]), name.split(".")[2]): Change(
-            value, found[name.replace("lora_a", "lora_b")]
+            value, found[name.replace("lora_a", "lora_b")] * (alpha / len(value))
         )
         for name, value in found.items()
         if name.endswith("lora_a")

@@ -1,0 +1,223 @@
+"""One token of the student's prefix whose keys and values are made to stand for the manifesto.
+
+Knows how the token is told from all others, marked and rewritten by low-rank changes. Does not
+know the closed form. A matrix that is to write at one token and nowhere else leaks onto the
+others: in d dimensions by about d**-0.5 of what it writes. So one neuron of an early
+feed-forward, which the model hardly uses, first marks the token with a large vector in a
+direction in which streams vary little; read by that mark, the leak is a quarter as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from superego.converters.cells import match, queries
+from superego.converters.streams import WRITES, Change, Changes, Conversation, Pack, Streams
+from superego.converters.transformer import (
+    Base,
+    Layer,
+    halves_to_pairs,
+    project_qkv,
+    rms_norm,
+    rotate,
+)
+
+_CONVERSATIONS = 40  # that are looked at
+_LAYERS = 3  # the first ones, in which the token may be marked
+_FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
+_HIGHEST = -0.5  # that the detector may reach elsewhere; the neuron is shut below 0
+_RANDOM = (128, 64)  # sequences and tokens of random text, for what conversations do not hold
+_GATE, _UP = 20.0, 8.0  # the detector's factors before the neuron's gate and its product
+_TOKEN_WEIGHT = 30.0  # of the token in a detector's fit, against the mean over all others
+_MARK = 5000.0  # the mark's length; streams have some tens to hundreds
+_RIDGE = 1e-3  # of covariances, times the mean diagonal
+_PREFIX_SHARE = 0.3  # of the prefix among the rows that a detector must not answer
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The marked token, and the changes that mark it."""
+
+    position: int  # in the student's prefix
+    layer: int  # whose feed-forward marks it; keys and values are written behind it
+    neuron: int
+    direction: torch.Tensor  # (d_model,), of length 1
+    changes: Changes
+
+
+class Probe:
+    """The teacher, walked beside the fit: what one cell in the manifesto's place would be."""
+
+    def __init__(
+        self,
+        base: Base,
+        conversations: Sequence[Conversation],
+        teacher: list[int],
+        student: list[int],
+        common: int,
+    ) -> None:
+        self._base = base
+        self._streams = Streams(base, Pack(conversations[:_CONVERSATIONS], teacher))
+        self._common = common
+        self._front = 0
+        while teacher[self._front] == student[self._front]:
+            self._front += 1
+        self._shift = base.rotation(torch.tensor([len(student) - len(teacher)]))
+        self._generator = torch.Generator().manual_seed(0)
+
+    def cell(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer `index`'s key, rotated as the student's positions have it, and value.
+
+        Each is (n_head_kv, head_dim), in half layout.
+        """
+        base, streams = self._base, self._streams
+        layer = base.layer(index)
+        hidden = rms_norm(streams.prefix, layer.attn_norm, base.shape.rms_eps, base.dtype)
+        rotation = base.rotation(streams.pack.prefix_rows.positions)
+        _, key, value = project_qkv(base, layer, hidden, rotation)
+        keys, values = key.float().transpose(0, 1), value.float().transpose(0, 1)
+        query, outside = queries(
+            base, streams, index, keys, self._front, self._common, self._generator
+        )
+        body = slice(self._front, keys.shape[1] - self._common)
+        found = [
+            match(query[h], outside[h], keys[h, body], values[h, body], 1)
+            for h in range(base.shape.n_head_kv)
+        ]
+        fitted = torch.cat([c.key for c in found])  # (n_head_kv, head_dim)
+        turned = rotate(fitted[None], *self._shift, base.shape)[0]
+        return turned, torch.cat([c.value for c in found])
+
+    def advance(self, index: int) -> None:
+        """Walk through layer `index`."""
+        layer = self._base.layer(index)
+        for write in WRITES:
+            self._streams.add(self._streams.inputs(layer, write), getattr(layer, write))
+
+
+def find_slot(
+    base: Base, conversations: Sequence[Conversation], student: list[int], own: int
+) -> Slot | None:
+    """The first token behind the sink that can be told from all others, and its mark.
+
+    `own` is the number of prefix tokens that do not come again in a conversation: only these
+    are taken. The earliest is best, as it stays when a user puts another system message in
+    the default one's place. None where no token can be told clearly, or where keys are
+    normed, so that a cell's attention mass cannot be written into them.
+    """
+    shape = base.shape
+    if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None:
+        return None
+    streams = Streams(base, Pack(conversations[:_CONVERSATIONS], student))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(shape.n_vocab, _RANDOM, generator=generator).tolist()
+    text = Streams(base, Pack([Conversation(tokens, [0]) for tokens in drawn], student))
+    found: tuple[int, int, torch.Tensor] | None = None
+    inverse = torch.zeros(shape.d_model, shape.d_model)
+    hidden = torch.empty(0)
+    for index in range(shape.n_layer):
+        layer = base.layer(index)
+        for write in WRITES:
+            if write == "ffn_down" and index < _LAYERS:
+                detected = _detect(base, layer, streams, text, own)
+                if detected and (found is None or detected[0] < found[1]):
+                    found = (index, *detected)
+                    stream = rms_norm(streams.rows, layer.ffn_norm, shape.rms_eps, base.dtype)
+                    gate, up = F.linear(stream, layer.gate_up).chunk(2, dim=-1)
+                    hidden = F.silu(gate.float()) * up.float()
+            streams.add(streams.inputs(layer, write), getattr(layer, write))
+            if index < _LAYERS:
+                text.add(text.inputs(layer, write), getattr(layer, write))
+        unit = streams.rows * torch.rsqrt(streams.rows.square().mean(-1, keepdim=True))
+        inverse += torch.linalg.inv(_covariance(unit))
+    if found is None:
+        return None
+    index, position, detector = found
+    layer = base.layer(index)
+    weight = layer.ffn_down.float().square().sum(0)
+    neuron = int((hidden.square().mean(0) * weight).argmin())
+    # where the streams' inverse covariance is largest they vary least
+    direction = torch.linalg.eigh(inverse).eigenvectors[:, -1]
+    peak = float(F.silu(torch.tensor(_GATE))) * _UP
+    one = F.one_hot(torch.tensor(neuron), shape.d_ff).float()
+    gate, up = layer.gate_up.float()[neuron], layer.gate_up.float()[shape.d_ff + neuron]
+    down = layer.ffn_down.float()[:, neuron]
+    changes = {
+        (index, "ffn_gate"): Change((_GATE * detector - gate)[None], one[:, None]),
+        (index, "ffn_up"): Change((_UP * detector - up)[None], one[:, None]),
+        (index, "ffn_down"): Change(one[None], (_MARK / peak * direction - down)[:, None]),
+    }
+    return Slot(position, index, neuron, direction, changes)
+
+
+def write_cell(
+    base: Base,
+    layer: Layer,
+    streams: Streams,
+    slot: Slot,
+    cell: tuple[torch.Tensor, torch.Tensor],
+) -> dict[str, Change]:
+    """Rank-one changes of attn_k and attn_v that put a cell in the slot's place.
+
+    With x the slot's input and C the covariance of all other rows, u = C⁻¹x / xᵀC⁻¹x is 1 at
+    the slot and answers the others least; ΔW = (wanted − W x) uᵀ.
+    """
+    shape = base.shape
+    rows = rms_norm(streams.rows, layer.attn_norm, shape.rms_eps, torch.float32)
+    prefix = rms_norm(streams.prefix, layer.attn_norm, shape.rms_eps, torch.float32)
+    others = torch.cat([prefix[: slot.position], prefix[slot.position + 1 :]])
+    solved = torch.linalg.solve(
+        _covariance(rows) + _PREFIX_SHARE * others.T @ others / len(others), prefix[slot.position]
+    )
+    detector = solved / (prefix[slot.position] @ solved)
+    now = F.linear(prefix[slot.position], layer.qkv.float())
+    if layer.qkv_bias is not None:
+        now = now + layer.qkv_bias.float()
+    width = shape.n_head_kv * shape.head_dim
+    _, key, value = now.split([len(now) - 2 * width, width, width])
+    back = base.rotation(torch.tensor([-slot.position]))
+    wanted = rotate(cell[0][None], *back, shape)[0].flatten()
+    by_key = (wanted - key)[:, None]
+    if shape.architecture == "llama":
+        by_key = halves_to_pairs(by_key, shape.head_dim)
+    return {
+        "attn_k": Change(detector[None], by_key),
+        "attn_v": Change(detector[None], (cell[1].flatten() - value)[:, None]),
+    }
+
+
+def _covariance(rows: torch.Tensor) -> torch.Tensor:
+    """(n, d) -> (d, d), with a little on the diagonal."""
+    gram = rows.T @ rows / len(rows)
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+    return gram
+
+
+def _detect(
+    base: Base, layer: Layer, streams: Streams, text: Streams, own: int
+) -> tuple[int, torch.Tensor] | None:
+    """The first token of the prefix that a linear detector tells from all others, and it.
+
+    Fitted on the conversations and half of the random text; the other half must stay below
+    the threshold too, or a token that a user writes one day would be taken for the slot.
+    """
+    rows, drawn, prefix = (
+        rms_norm(stream, layer.ffn_norm, base.shape.rms_eps, torch.float32)
+        for stream in (streams.rows, text.rows, streams.prefix)
+    )
+    seen = torch.cat([rows, drawn[: len(drawn) // 2]])
+    covariance = _covariance(seen)
+    for position in range(1, own):
+        kept = torch.cat([prefix[:position], prefix[position + 1 :]])
+        x = prefix[position]
+        normal = covariance + _TOKEN_WEIGHT * torch.outer(x, x) + kept.T @ kept / len(kept)
+        target = _TOKEN_WEIGHT * x - _FLOOR * (seen.mean(0) + kept.mean(0))
+        detector = torch.linalg.solve(normal, target)
+        detector = detector / (x @ detector)
+        if float((torch.cat([rows, drawn, kept]) @ detector).max()) < _HIGHEST:
+            return position, detector
+    return None
