@@ -4,6 +4,11 @@ BIN := .venv/bin
 # llama-cpp-python compiles from source. Without its multimodal library and llama.cpp's own
 # programs it has 127 source files to compile instead of 178.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_APP=OFF
+# Built for its own CPU, llama.cpp uses AMX where the CPU names it, and the process ends where the
+# system does not permit its use (virtual machines). AVX-512 does as well for batches of this size.
+ifneq (,$(shell grep -m1 -o amx_int8 /proc/cpuinfo 2>/dev/null))
+CMAKE_ARGS += -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
+endif
 SOURCES := pyproject.toml $(wildcard plugin/* converters/* personas/*)
 
 .PHONY: all demo test lint bench clean

@@ -39,7 +39,7 @@ from superego.manifesto import Manifesto
 from superego.progress import Steps
 from superego.runtime import default_threads, load
 
-METHOD = "slot and closed form"
+METHOD = "closed-form"
 
 
 @dataclass(frozen=True)
