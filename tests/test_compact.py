@@ -12,7 +12,7 @@ from conftest import refused, run
 
 from superego.base import BaseModel
 from superego.bundled import bundled
-from superego.converters.compact import _match
+from superego.converters.cells import match
 from superego.dialogue import encode
 from superego.evaluate import kl, log_softmax
 from superego.logits import ParallelContext
@@ -33,7 +33,7 @@ def test_as_many_cells_as_tokens_say_the_same() -> None:
     torch.manual_seed(0)
     key, value, query = torch.randn(12, 16), torch.randn(12, 16), torch.randn(400, 16) / 4
     outside = torch.randn(400)
-    cells = _match(query, outside, key, value, 12)
+    cells = match(query, outside, key, value, 12)
     order = cells.token.argsort()
     assert torch.allclose(cells.key[order], key, atol=1e-3)
     assert torch.allclose(cells.value[order], value, atol=1e-3)
