@@ -62,17 +62,15 @@ def write_adapter(
 ) -> None:
     """Write a GGUF LoRA with F16 tensors, atomically; raises SuperegoError.
 
-    alpha equals the rank, so that llama.cpp's alpha/rank is 1 and `scale` is the user's.
-    `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32).
+    alpha equals the largest rank, so that llama.cpp's alpha/rank is 1 and `scale` is the user's;
+    a pair of smaller rank has B times rank/alpha, which makes it 1 for that pair too. `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32).
     """
-    ranks = {a.shape[0] for a, _ in pairs.values()}
-    if len(ranks) != 1:
-        raise ValueError(f"pairs of different ranks {sorted(ranks)} cannot share one alpha")
+    alpha = max(a.shape[0] for a, _ in pairs.values())
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(ranks.pop()))  # a u32 aborts llama.cpp
+        writer.add_float32("adapter.lora.alpha", float(alpha))  # a u32 aborts llama.cpp
         for key, value in metadata.items():
             if isinstance(value, str):
                 writer.add_string(key, value)
@@ -81,7 +79,8 @@ def write_adapter(
             else:
                 writer.add_float32(key, value)
         for name, (a, b) in pairs.items():
-            for suffix, matrix in (("a", a), ("b", b)):
+            scaled = b if len(a) == alpha else b * np.float32(len(a) / alpha)
+            for suffix, matrix in (("a", a), ("b", scaled)):
                 with np.errstate(over="ignore"):  # checked on the next line
                     half = np.ascontiguousarray(matrix, dtype=np.float16)
                 if not np.isfinite(half).all():
