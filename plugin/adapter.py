@@ -63,7 +63,8 @@ def write_adapter(
     """Write a GGUF LoRA with F16 tensors, atomically; raises SuperegoError.
 
     alpha equals the largest rank, so that llama.cpp's alpha/rank is 1 and `scale` is the user's;
-    a pair of smaller rank has B times rank/alpha, which makes it 1 for that pair too. `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32).
+    a pair of smaller rank has B times rank/alpha, which makes it 1 for that pair too.
+    `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32).
     """
     alpha = max(a.shape[0] for a, _ in pairs.values())
     with replacing(path) as temporary:
