@@ -19,6 +19,7 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_sources import tag
 from superego.errors import SuperegoError
 from superego.options import (
     base_option,
@@ -209,6 +210,14 @@ def session(
     metavar="FILE",
     help="A saved session; with --system it is made anew if it is not of that manifesto.",
 )
+@click.option(
+    "--document",
+    "documents",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A document to put in front of the first question (plain, or tagged .jsonl); repeatable.",
+)
 @click.option("--message", help="Answer this one message and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
@@ -221,6 +230,7 @@ def chat(
     personas: tuple[str, ...],
     system: str | None,
     session_file: str | None,
+    documents: tuple[Path, ...],
     message: str | None,
     max_tokens: int,
     temperature: float,
@@ -233,6 +243,7 @@ def chat(
     from superego.chat import Chat
     from superego.runtime import load
     from superego.session import Unfit, open_session, read_sidecar
+    from superego.tag import open_documents
     from superego.template import ChatTemplate
 
     model = open_base(base)
@@ -241,6 +252,7 @@ def chat(
         check_fit(adapter, model.header)
         warn_other_weights(adapter, model)
     template = ChatTemplate(model.header)
+    read = list(open_documents(documents))
     text = find_manifesto(system) if system else None
     kv_type = "f16"
     if session_file is not None:
@@ -255,7 +267,12 @@ def chat(
             opened = open_session(llm, model, Path(session_file), wanted, text)
             if opened.note:
                 click.echo(f"Note: {opened.note}.", err=True)
-        talk = Chat(llm, template, text.body if text else None, opened)
+        talk = Chat(llm, template, text.body if text else None, opened, read)
+        if talk.defused:
+            click.echo(
+                f"Note: {talk.defused} control tokens in the documents were made plain text.",
+                err=True,
+            )
         if message is not None:
             say(talk.reply(message, max_tokens, temperature))
             return
@@ -425,3 +442,6 @@ def _typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+
+
+main.add_command(tag)
