@@ -31,10 +31,7 @@ def parse_date(text: str, today: datetime.date | None = None) -> str:
     if not text or len(text) > _LONGEST:
         raise ValueError(f"'{text[:_LONGEST]}' is not a date")
     found = _ISO.fullmatch(text) or _COMPACT.fullmatch(text)
-    if found:
-        parts = [int(part) for part in found.groups() if part is not None]
-    else:
-        parts = _free(text)
+    parts = [int(part) for part in found.groups() if part] if found else _free(text)
     try:
         day = datetime.date(*(parts + [1, 1])[:3])
     except ValueError as error:

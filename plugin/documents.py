@@ -249,15 +249,11 @@ def _linked_data(soup: Any) -> Iterator[Mapping[str, Any]]:
         except (ValueError, RecursionError):
             continue
         for _ in range(2):  # a list of objects, each perhaps with a graph
-            items = [
-                each for item in items for each in (item if isinstance(item, list) else [item])
-            ]
-            items += [
-                part
-                for item in items
-                if isinstance(item, dict) and isinstance(item.get("@graph"), list)
-                for part in item["@graph"]
-            ]
+            flat: list[Any] = []
+            for item in items:
+                flat += item if isinstance(item, list) else [item]
+            graphs = [item.get("@graph") for item in flat if isinstance(item, dict)]
+            items = [item for item in flat if item is not None] + graphs
         yield from (item for item in items if isinstance(item, dict))
 
 
