@@ -19,6 +19,7 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_report import report
 from superego.cli_sources import tag
 from superego.errors import SuperegoError
 from superego.options import (
@@ -26,6 +27,7 @@ from superego.options import (
     converter,
     gpu_layers_option,
     json_option,
+    lines_of,
     parse_persona,
     say,
     table,
@@ -326,7 +328,7 @@ def evaluate(
             f"{checked[0][0].path}: holds no superego.manifesto to compare with; "
             "evaluate needs an adapter that superego made"
         )
-    messages = _lines_of(prompts) if prompts else None
+    messages = lines_of(prompts) if prompts else None
     with Steps() as steps:
         (report,) = measure(
             model,
@@ -423,17 +425,6 @@ def personas(as_json: bool, show: str | None) -> None:
         click.echo(table({p.name: p.description for p in found.values()}))
 
 
-def _lines_of(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuperegoError(f"{path}: cannot be read as text: {error}") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise SuperegoError(f"{path}: holds no prompts (expected one a line)")
-    return found
-
-
 def _typed() -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401  line editing, where the platform has it
@@ -445,3 +436,4 @@ def _typed() -> Iterator[str]:
 
 
 main.add_command(tag)
+main.add_command(report)

@@ -26,17 +26,35 @@ from superego.template import ChatTemplate
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-WAYS = ("bare base", "system message", "adapter")
+BARE, SYSTEM, ADAPTER = "bare base", "system message", "adapter"
+WAYS = (BARE, SYSTEM, ADAPTER)
 PROMPTS = 32  # held-out ones, where the user gives none
 _ASKED = 4  # questions of which the replies are shown, where the user gives none
 _REPLY = 72  # tokens of a shown reply
 _TIMED = 4  # messages that are timed
+_END = "⏹"  # shown for a token that ends the reply
 Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
+class Reply:
+    """A greedy reply; `cut` where it did not end by itself."""
+
+    text: str
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and what each way replies to it."""
+
+    question: str
+    replies: dict[str, Reply]  # by way
+
+
+@dataclass(frozen=True)
 class Token:
-    """A piece of the teacher's reply and what the others would have made of it, nats."""
+    """A piece of the teacher's reply, and how far the others are from the teacher there, nats."""
 
     text: str
     kl_adapter: float
@@ -44,28 +62,44 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Heat:
+    """One of the teacher's replies, token by token."""
+
+    which: str
+    question: str
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Mean KL at each position of a reply, over the replies that are as long; all one length."""
+
+    base: list[float]
+    adapter: list[float]
+    replies: list[int]  # how many are as long
+
+
+@dataclass(frozen=True)
 class PersonaReport:
-    """All that is shown of one adapter."""
+    """All that is shown of one adapter. KL in nats a token."""
 
     name: str
     file: str
     scale: float
     manifesto: str
     measures: Report
-    messages: list[str]
+    prompts: list[str]
     kl_base: list[float]  # by prompt
     kl_adapter: list[float]
-    position_base: list[float]  # by position in the reply, mean over the replies that reach it
-    position_adapter: list[float]
-    position_count: list[int]
-    heat: list[tuple[str, str, list[Token]]]  # (which, user message, the teacher's reply)
-    replies: list[tuple[str, dict[str, tuple[str, bool]]]]  # way -> (reply, cut off)
-    costs: dict[str, Cost]
+    positions: Positions
+    heat: list[Heat]
+    exchanges: list[Exchange]
+    costs: dict[str, Cost]  # by way
     settings: dict[str, Any]
-    exact_base: bool | None  # was it made from this very file?
+    same_base: bool | None  # was it made from this very file? None: it does not say
 
 
-def read_manifesto_of(adapter: Adapter) -> str:
+def manifesto_in(adapter: Adapter) -> str:
     """The manifesto in an adapter; raises SuperegoError where it holds none."""
     found = adapter.own.get("manifesto")
     if not isinstance(found, str) or not found.strip():
@@ -90,88 +124,68 @@ def gather(
     `prompts` are measured on (32 of the held-out ones by default), `asks` are answered side by
     side (some of the prompts by default).
     """
-    manifestos = [read_manifesto_of(adapter) for adapter, _ in personas]
-    if prompts is None:
-        held_out = bundled("heldout")
-        prompts = held_out[:: max(1, len(held_out) // PROMPTS)][:PROMPTS]
-    shown = list(asks) or list(prompts[:: max(1, len(prompts) // _ASKED)][:_ASKED])
-    found = []
-    for (adapter, scale), manifesto in zip(personas, manifestos, strict=True):
-        label = f"measuring {adapter.name}"
-        trace = Trace()
-
-        def show(done: int, total: int, label: str = label) -> None:
-            progress(label, done, total)
-
-        (measures,) = evaluate(
-            base, manifesto, [(adapter, scale)], prompts, max_tokens, threads, show, trace=trace
-        )
-        found.append(
-            _describe(base, adapter, scale, manifesto, measures, trace, shown, threads, progress)
-        )
-    return found
-
-
-def _describe(
-    base: BaseModel,
-    adapter: Adapter,
-    scale: float,
-    manifesto: str,
-    measures: Report,
-    trace: Trace,
-    shown: Sequence[str],
-    threads: int | None,
-    progress: Progress,
-) -> PersonaReport:
+    manifestos = [manifesto_in(adapter) for adapter, _ in personas]
+    prompts = _spread(bundled("heldout"), PROMPTS) if prompts is None else list(prompts)
+    asks = list(asks) or _spread(prompts, _ASKED)
     template = ChatTemplate(base.header)
-    small = load(base, n_ctx=256, threads=threads)
-    longest = [*shown, *trace.messages[:_TIMED]]
-    encoded = encode(small, template, manifesto, longest)
-    need = len(encoded.prefix) + max(map(len, encoded.rest)) + _REPLY
+    vocabulary = load(base, vocab_only=True, n_ctx=256)
+    encoded = [encode(vocabulary, template, m, [*asks, *prompts[:_TIMED]]) for m in manifestos]
+    need = max(len(e.prefix) + max(map(len, e.rest)) for e in encoded) + _REPLY
     if base.context_length and need > base.context_length:
         raise SuperegoError(
             f"manifesto, question and reply have {need} tokens and do not fit the model's "
             f"context of {base.context_length}; ask something shorter"
         )
-    label = f"asking {adapter.name}"
-    replies: list[dict[str, tuple[str, bool]]] = [{} for _ in shown]
-    for i, way in enumerate(WAYS):
-        progress(label, i, len(WAYS))
-        system = manifesto if way == "system message" else None
-        attached = [(adapter, scale)] if way == "adapter" else []
-        for slot, reply in enumerate(_replies(small, template, system, attached, shown)):
-            replies[slot][way] = reply
-    progress(label, len(WAYS), len(WAYS))
-    llm = load(base, n_ctx=need, threads=threads)
-    timed = trace.messages[:_TIMED]
-    run_cost(llm, template, None, timed[:1])  # warms the model's pages
-    costs = {"bare base": run_cost(llm, template, None, timed)}
-    costs["system message"] = run_cost(llm, template, manifesto, timed)
-    with superego.attach(llm, adapter.path, scale):
-        costs["adapter"] = run_cost(llm, template, None, timed)
-    bare, own = trace.kl["0", -1], trace.kl["S", 0]
-    widest = max(map(len, own))
-    reach = [[i for i, each in enumerate(own) if len(each) > p] for p in range(widest)]
-    return PersonaReport(
-        name=adapter.name,
-        file=adapter.path.name,
-        scale=scale,
-        manifesto=manifesto,
-        measures=measures,
-        messages=trace.messages,
-        kl_base=[float(each.mean()) for each in bare],
-        kl_adapter=[float(each.mean()) for each in own],
-        position_base=[float(np.mean([bare[i][p] for i in rows])) for p, rows in enumerate(reach)],
-        position_adapter=[
-            float(np.mean([own[i][p] for i in rows])) for p, rows in enumerate(reach)
-        ],
-        position_count=[len(rows) for rows in reach],
-        heat=_heat(small, trace),
-        replies=list(zip(shown, replies, strict=True)),
-        costs=costs,
-        settings=_settings(base, adapter, scale, measures, threads),
-        exact_base=same_weights(adapter, base),
-    )
+    found = []
+    llm = load(base, need, threads)
+    bare = _replies(llm, template, None, [], asks)
+    run_cost(llm, template, None, prompts[:1])  # brings the weights into memory
+    bare_cost = run_cost(llm, template, None, prompts[:_TIMED])
+    for (adapter, scale), manifesto in zip(personas, manifestos, strict=True):
+        progress(f"asking {adapter.name}", 0, 2)
+        system = _replies(llm, template, manifesto, [], asks)
+        progress(f"asking {adapter.name}", 1, 2)
+        own = _replies(llm, template, None, [(adapter, scale)], asks)
+        progress(f"asking {adapter.name}", 2, 2)
+        costs = {BARE: bare_cost, SYSTEM: run_cost(llm, template, manifesto, prompts[:_TIMED])}
+        with superego.attach(llm, adapter.path, scale):
+            costs[ADAPTER] = run_cost(llm, template, None, prompts[:_TIMED])
+
+        def measured(done: int, total: int, name: str = adapter.name) -> None:
+            progress(f"measuring {name}", done, total)
+
+        trace = Trace()
+        (measures,) = evaluate(
+            base, manifesto, [(adapter, scale)], prompts, max_tokens, threads, measured, trace=trace
+        )
+        far, near = trace.kl["0", -1], trace.kl["S", 0]
+        found.append(
+            PersonaReport(
+                name=adapter.name,
+                file=adapter.path.name,
+                scale=scale,
+                manifesto=manifesto,
+                measures=measures,
+                prompts=list(prompts),
+                kl_base=[float(each.mean()) for each in far],
+                kl_adapter=[float(each.mean()) for each in near],
+                positions=_positions(far, near),
+                heat=_heat(llm, trace),
+                exchanges=[
+                    Exchange(ask, dict(zip(WAYS, row, strict=True)))
+                    for ask, *row in zip(asks, bare, system, own, strict=True)
+                ],
+                costs=costs,
+                settings=_settings(base, adapter, scale, measures, threads),
+                same_base=same_weights(adapter, base),
+            )
+        )
+    return found
+
+
+def _spread(texts: Sequence[str], n: int) -> list[str]:
+    """At most `n` of the texts, evenly spread."""
+    return [texts[i * len(texts) // n] for i in range(n)] if len(texts) > n else list(texts)
 
 
 def _replies(
@@ -180,49 +194,62 @@ def _replies(
     system: str | None,
     attached: Sequence[tuple[Adapter, float]],
     messages: Sequence[str],
-) -> list[tuple[str, bool]]:
-    """Greedy replies, and whether each was cut off."""
+) -> list[Reply]:
     encoded = encode(llm, template, system, messages)
     widest = max(map(len, encoded.rest)) + _REPLY
     stop = stop_tokens(llm)
-    out: list[tuple[str, bool]] = []
-    for start in range(0, len(messages), 8):
-        part = encoded.rest[start : start + 8]
+    out: list[Reply] = []
+    group = 8  # sequences whose full logits lie in memory together
+    for start in range(0, len(messages), group):
+        part = encoded.rest[start : start + group]
         with ParallelContext(llm, encoded.prefix, len(part), widest, attached) as context:
             tokens, _ = context.greedy(part, _REPLY, stop)
         for reply in tokens:
             text = llm.detokenize([t for t in reply if t not in stop]).decode("utf-8", "replace")
-            out.append((text.strip(), reply[-1] not in stop))
+            out.append(Reply(text.strip(), reply[-1] not in stop))
     return out
 
 
-def _heat(llm: Llama, trace: Trace) -> list[tuple[str, str, list[Token]]]:
-    """The replies in which the adapter is nearest to the median, and farthest from its teacher."""
-    own, bare = trace.kl["S", 0], trace.kl["0", -1]
-    order = sorted(range(len(own)), key=lambda i: float(own[i].mean()))
-    chosen = {"the median reply": order[(len(order) - 1) // 2], "the worst reply": order[-1]}
+def _positions(far: Sequence[np.ndarray], near: Sequence[np.ndarray]) -> Positions:
+    """From the KL of every token of every reply."""
+    reach = [
+        [i for i, each in enumerate(near) if len(each) > position]
+        for position in range(max(map(len, near)))
+    ]
+
+    def mean(of: Sequence[np.ndarray]) -> list[float]:
+        return [float(np.mean([of[i][p] for i in rows])) for p, rows in enumerate(reach)]
+
+    return Positions(mean(far), mean(near), [len(rows) for rows in reach])
+
+
+def _heat(llm: Llama, trace: Trace) -> list[Heat]:
+    """The reply whose mean KL is the median one, and the one with the highest."""
+    near, far = trace.kl["S", 0], trace.kl["0", -1]
+    order = sorted(range(len(near)), key=lambda i: float(near[i].mean()))
+    chosen = {"median": order[(len(order) - 1) // 2], "highest": order[-1]}
     if len(order) == 1:
-        chosen.pop("the worst reply")
+        del chosen["highest"]
     return [
-        (which, trace.messages[i], _tokens(llm, trace.replies[i], own[i], bare[i]))
+        Heat(which, trace.messages[i], _tokens(llm, trace.replies[i], near[i], far[i]))
         for which, i in chosen.items()
     ]
 
 
-def _tokens(llm: Llama, reply: list[int], own: np.ndarray, bare: np.ndarray) -> list[Token]:
+def _tokens(llm: Llama, reply: Sequence[int], near: np.ndarray, far: np.ndarray) -> list[Token]:
     """Pieces of text with their KL; tokens that end inside a character join the next."""
-    stop, out, held, kls = stop_tokens(llm), [], b"", (0.0, 0.0)
-    for token, adapter, base in zip(reply, own, bare, strict=True):
-        held += b"\xe2\x8f\xb9" if token in stop else llm.detokenize([token], special=False)
-        kls = (max(kls[0], float(adapter)), max(kls[1], float(base)))
+    stop, out, held, highest = stop_tokens(llm), [], b"", (0.0, 0.0)
+    for token, adapter, base in zip(reply, near, far, strict=True):
+        held += _END.encode() if token in stop else llm.detokenize([token], special=False)
+        highest = (max(highest[0], float(adapter)), max(highest[1], float(base)))
         try:
             text = held.decode("utf-8")
         except UnicodeDecodeError:
             continue
-        out.append(Token(text, *kls))
-        held, kls = b"", (0.0, 0.0)
+        out.append(Token(text, *highest))
+        held, highest = b"", (0.0, 0.0)
     if held:
-        out.append(Token(held.decode("utf-8", "replace"), *kls))
+        out.append(Token(held.decode("utf-8", "replace"), *highest))
     return out
 
 
@@ -242,7 +269,7 @@ def _settings(
     try:
         compiled = json.loads(str(own.get("settings", "{}")))
     except ValueError:
-        compiled = {"settings": own.get("settings")}
+        compiled = {"settings": own["settings"]}  # whatever another program wrote there
     if isinstance(compiled, dict):
         rows |= {f"compile: {key.replace('_', ' ')}": value for key, value in compiled.items()}
     rows |= {
