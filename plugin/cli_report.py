@@ -78,7 +78,7 @@ def report(
         temporary.write_text(page, "utf-8")
     written = {"output": str(output), "bytes": output.stat().st_size}
     if as_json:
-        figures = {each.file: each.measures.as_dict() for each in found}
+        figures = [{"name": each.name, **each.measures.as_dict()} for each in found]
         click.echo(json.dumps({**written, "personas": figures}, indent=2))
     else:
         click.echo(table(written))

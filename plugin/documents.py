@@ -18,7 +18,7 @@ import yaml
 
 from superego.dates import parse_date, parse_timestamp
 from superego.errors import SuperegoError
-from superego.provenance import Document, check_kind, one_line, parse_header, tagged
+from superego.provenance import Document, one_line, parse_header, tagged
 
 _TEXT = {".txt", ".text", ".md", ".markdown"}
 _HTML = {".html", ".htm", ".xhtml"}
@@ -68,9 +68,9 @@ class _Unreadable(Exception):
 def read_documents(path: Path, offset: int = 0, line: int = 0) -> Iterator[Found]:
     """Every document of a file, in order; a .jsonl from byte `offset`, behind line `line`.
 
-    Documents have no source yet, unless their record or header names one. A damaged document
-    is yielded with its problem. Memory is that of the largest document. Raises SuperegoError
-    where a library is missing.
+    Documents have the source and kind that their record or header names, unchecked, or none. A
+    damaged document is yielded with its problem. Memory is that of the largest document. Raises
+    SuperegoError where a library is missing.
     """
     suffix = path.suffix.lower()
     try:
@@ -337,14 +337,10 @@ def _record(raw: bytes) -> tuple[Document, dict[str, Any]]:
     if "\0" in body:
         raise _Unreadable(f"field '{key}' holds a NUL character")
     source, kind, title = record.get("source"), record.get("kind"), record.get("title")
-    try:
-        kind = check_kind(kind) if isinstance(kind, str) and kind.strip() else ""
-    except ValueError as error:
-        raise _Unreadable(str(error)) from None
     document = Document(
         body,
         one_line(source) if isinstance(source, str) else "",
-        kind,
+        one_line(kind) if isinstance(kind, str) else "",
         title=one_line(title) if isinstance(title, str) and title.strip() else None,
     )
     known = [(f"field '{k}'", record[k]) for k in _DATES if record.get(k) not in (None, "")]

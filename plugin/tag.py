@@ -20,7 +20,7 @@ import superego
 from superego.atomic import check_writable, replacing
 from superego.documents import SUFFIXES, Found, read_documents
 from superego.errors import SuperegoError
-from superego.provenance import Document
+from superego.provenance import Document, check_kind
 
 _EVERY = 1.0  # seconds between checkpoints
 _LISTED = 100  # of what was skipped or undated; the rest is counted
@@ -225,9 +225,13 @@ def _tagged(found: Found, path: Path, label: Label, tally: Tally, strict: bool) 
     document, problem = found.document, found.problem
     where = f"{path}:{found.line}" if found.line else str(path)
     if document is not None:
-        document = _labelled(document, label)
-        if not document.source:
-            problem = f"{where}: names no source; give --source"
+        try:
+            document = _labelled(document, label)
+        except ValueError as error:
+            problem = f"{where}: {error}; give --kind"
+        else:
+            if not document.source:
+                problem = f"{where}: names no source; give --source"
     if problem is not None or document is None:
         if strict:
             raise _Refused(f"{problem}; nothing was written (--strict)")
@@ -250,11 +254,11 @@ def _list(rows: list[str], row: str) -> None:
 
 
 def _labelled(document: Document, label: Label) -> Document:
-    """What the user says goes before what the document says."""
+    """What the user says goes before what the document says; ValueError for an unknown kind."""
     document = replace(
         document,
         source=label.source or document.source,
-        kind=label.kind or document.kind or "other",
+        kind=check_kind(label.kind or document.kind or "other"),
     )
     if label.date:
         document = replace(document, date=label.date, date_from="--date", undated=None)
@@ -274,6 +278,9 @@ def open_documents(paths: Sequence[Path]) -> Iterator[Document]:
             if found.document is None:
                 raise SuperegoError(str(found.problem))
             count += 1
-            yield _labelled(found.document, Label(source=found.document.source or path.name))
+            try:
+                yield _labelled(found.document, Label(source=found.document.source or path.name))
+            except ValueError as error:
+                raise SuperegoError(f"{path}:{found.line}: {error}") from None
         if not count:
             raise SuperegoError(f"{path}: holds no documents")
