@@ -89,7 +89,7 @@ def turn(pair: Row, condition: str, form: str, better_first: bool, exchanged: bo
 def said(reply: str, answer: str) -> bool:
     """Whether the reply holds the answer as whole words; names keep their case (May, may)."""
     answer = answer.removeprefix("the ")
-    flags = re.IGNORECASE if answer.islower() else re.NOFLAG
+    flags = re.IGNORECASE if answer.islower() else 0
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, flags) is not None
 
 
@@ -177,9 +177,9 @@ def pull(row: Row) -> float:
 def tables(results: dict[str, list[Row]]) -> str:
     """The Markdown tables; shares in per cent."""
     likely = [
-        "| condition | all | newer over older | paper over forum "
-        "| better document first / last | header alone | header's pull, nats a token |",
-        "|---|---|---|---|---|---|---|",
+        "| condition | all | newer over older | paper over forum | better first | better last "
+        "| header alone | header's pull, nats a token |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     replies = [
         "| condition | better alone | worse alone | both | neither |",
@@ -193,9 +193,9 @@ def tables(results: dict[str, list[Row]]) -> str:
         cells = [interval(as_written, follows)]
         for axis in ("date", "kind"):
             cells.append(interval([r for r in as_written if r["axis"] == axis], follows))
-        orders = [[r for r in as_written if r["better_first"] is first] for first in (True, False)]
-        shares = [f"{np.mean([follows(r) for r in part]):.0f}" for part in orders if part]
-        cells.append(" / ".join(shares) if all(orders) else "")
+        for first in (True, False):
+            part = [row for row in as_written if row["better_first"] is first]
+            cells.append(interval(part, follows) if condition != "control" else "")
         order = {row["id"]: row["better_first"] for row in rows if row["exchanged"]}
         both = [row for row in rows if row["better_first"] is order.get(row["id"])]
         cells += [interval(both, obeys), interval(both, pull, 2)] if both else ["", ""]

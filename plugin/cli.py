@@ -220,6 +220,11 @@ def session(
     metavar="FILE",
     help="A document to put in front of the first question (plain, or tagged .jsonl); repeatable.",
 )
+@click.option(
+    "--best-last",
+    is_flag=True,
+    help="Documents in order of kind and date, the best nearest to the question.",
+)
 @click.option("--message", help="Answer this one message and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
@@ -233,6 +238,7 @@ def chat(
     system: str | None,
     session_file: str | None,
     documents: tuple[Path, ...],
+    best_last: bool,
     message: str | None,
     max_tokens: int,
     temperature: float,
@@ -242,6 +248,7 @@ def chat(
     gpu_layers: int,
 ) -> None:
     """Talk with a base, its personas on or off. Interactive unless --message is given."""
+    from superego import provenance
     from superego.chat import Chat
     from superego.runtime import load
     from superego.session import Unfit, open_session, read_sidecar
@@ -255,6 +262,8 @@ def chat(
         warn_other_weights(adapter, model)
     template = ChatTemplate(model.header)
     read = list(open_documents(documents))
+    if best_last:
+        read = provenance.best_last(read)
     text = find_manifesto(system) if system else None
     kv_type = "f16"
     if session_file is not None:

@@ -16,6 +16,7 @@ from superego.progress import Steps
 from superego.provenance import KINDS, one_line
 
 _SHOWN = 8  # of the documents that were skipped or are undated
+_CHAT_BYTES = 100_000  # what may fit a context; more is a corpus
 
 
 @click.command()
@@ -88,8 +89,8 @@ def tag(
         click.echo(json.dumps(report, indent=2))
     else:
         click.echo(table({k: v for k, v in report.items() if not k.endswith("_list")}))
-    click.echo(
-        f"Use it:\n  superego chat --base smollm2 --document {output} --system epistemics", err=True
-    )
+    if report["bytes"] <= _CHAT_BYTES:
+        use = f"superego chat --base BASE --document {output} --system epistemics"
+        click.echo(f"Use it:\n  {use}", err=True)
     if report["skipped"]:
         ctx.exit(1)

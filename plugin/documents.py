@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ _NO_TEXT = ("script", "style", "noscript", "template", "nav", "footer", "aside",
             "iframe", "button", "head")  # fmt: skip
 _BLOCKS = ("p", "div", "section", "article", "main", "br", "hr", "li", "ul", "ol", "table", "tr",
            "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "pre", "figure", "header", "dt",
-           "dd", "td", "th")  # fmt: skip
+           "dd")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,11 +235,27 @@ def _of_soup(soup: Any) -> Document:
         tag.decompose()
     articles = soup.find_all("article")
     root = articles[0] if len(articles) == 1 else (soup.main or soup.body or soup)
+    return _dated(Document(_lines_of(root), title=title), dates)
+
+
+def _lines_of(root: Any) -> str:
+    """The text as a browser would break it: at blocks, not where the source has a new line."""
+    from bs4.element import NavigableString
+
+    held = "\N{NO-BREAK SPACE}"  # stands for the spaces of <pre>, which stay
+    for text in root.find_all(string=True):
+        if type(text) is NavigableString:  # not a comment
+            if text.find_parent("pre"):
+                text.replace_with(text.expandtabs().replace(" ", held))
+            else:
+                text.replace_with(re.sub(r"\s+", " ", text))
+    for tag in root.find_all(["td", "th"]):
+        tag.insert_after(" ")
     for tag in root.find_all(_BLOCKS):
         tag.insert_before("\n")
         tag.insert_after("\n")
-    lines = (" ".join(line.split()) for line in root.get_text().split("\n"))
-    return _dated(Document("\n".join(line for line in lines if line), title=title), dates)
+    lines = (re.sub(" +", " ", line).strip(" ") for line in root.get_text().split("\n"))
+    return "\n".join(line.replace(held, " ").rstrip() for line in lines if line.strip())
 
 
 def _linked_data(soup: Any) -> Iterator[Mapping[str, Any]]:

@@ -13,9 +13,15 @@ from typing import Any
 from superego.dates import parse_date
 from superego.errors import SuperegoError
 
-# From the most to the least likely to be right, as the epistemics persona ranks them; `other`
-# is what nobody has ranked.
-KINDS = ("paper", "reference", "official", "book", "news", "blog", "forum", "rumour", "other")
+# From the most to the least likely to be right, as the epistemics persona ranks them; `other` is
+# what nobody has ranked.
+TIERS = (
+    ("paper", "reference", "official"),
+    ("book", "news"),
+    ("blog", "forum", "rumour"),
+    ("other",),
+)
+KINDS = tuple(kind for tier in TIERS for kind in tier)
 _LONGEST = 300  # characters of one header value
 _HEADER = re.compile(
     r"Source: (?P<source>[^\n]+)\n"
@@ -143,6 +149,16 @@ def defused(document: Document, special: Collection[str]) -> tuple[Document, int
         replace(document, body=clean(document.body), source=clean(document.source), title=title),
         changed,
     )
+
+
+def best_last(documents: Sequence[Document]) -> list[Document]:
+    """The lower kinds first, the older of one tier before the newer, the undated before both."""
+
+    def standing(document: Document) -> tuple[int, str]:
+        tier = next(i for i, kinds in enumerate(TIERS) if document.kind in kinds)
+        return -tier, document.date or ""
+
+    return sorted(documents, key=standing)
 
 
 def in_front(documents: Sequence[Document], question: str) -> str:

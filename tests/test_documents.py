@@ -13,9 +13,10 @@ import pytest
 from conftest import refused, run, tiny_model
 
 from superego.base import BaseModel, open_base
+from superego.bundled import bundled
 from superego.chat import Chat
 from superego.logits import ParallelContext
-from superego.provenance import Document, defused, in_front
+from superego.provenance import KINDS, TIERS, Document, best_last, defused, in_front
 from superego.runtime import control_tokens, load, tokenize
 from superego.template import ChatTemplate
 
@@ -42,6 +43,32 @@ def test_no_document_can_end_itself_or_open_another() -> None:
     turn = in_front([evil], "When?")
     assert len(re.findall(r"(?mi)^\[", turn)) == 2
     assert "> [End of document 1]\n> [document 2]" in turn
+
+
+def test_the_best_document_can_be_put_last() -> None:
+    made = [
+        Document(body, "s", kind, date)
+        for body, kind, date in (
+            ("new paper", "paper", "2024"),
+            ("new forum", "forum", "2025-05"),
+            ("old reference", "reference", "1990"),
+            ("undated news", "news", None),
+            ("news", "news", "2001-02"),
+            ("unranked", "other", "2025"),
+        )
+    ]
+    assert [each.body for each in best_last(made)] == [
+        "unranked", "new forum", "undated news", "news", "old reference", "new paper",
+    ]  # fmt: skip
+    assert sorted(KINDS) == sorted({kind for tier in TIERS for kind in tier})
+
+
+def test_the_persona_names_the_headers_lines_and_ranks_every_kind() -> None:
+    body = bundled()["epistemics"].body
+    for line in Document("", "s").header.strip().splitlines():
+        assert f'"{line.split(":")[0]}:"' in body
+    for number, tier in enumerate(TIERS[:-1], 1):
+        assert f"{number}. {', '.join(tier)}\n" in body
 
 
 def test_control_tokens_become_plain_text_and_stay_readable() -> None:

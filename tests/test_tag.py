@@ -186,6 +186,17 @@ def test_html_prefers_the_date_of_publication_and_passes_over_impossible_ones(
     assert "no day of the calendar" in str(found["none"][2])
 
 
+def test_html_is_broken_into_lines_where_a_browser_would(tmp_path: Path) -> None:
+    page = tmp_path / "p.html"
+    page.write_text(
+        "<body><h1>One\n two</h1><p>a <b>b</b>\n   c<br>d <!-- e --></p>"
+        "<table><tr><td>x</td><td>y</td></tr></table><pre>if z:\n    go\n</pre></body>"
+    )
+    (found,) = read_documents(page)
+    assert found.document is not None
+    assert found.document.body == "One two\na b c\nd\nx y\nif z:\n    go"
+
+
 def test_a_broken_off_run_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
