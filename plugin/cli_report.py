@@ -30,8 +30,13 @@ from superego.progress import Steps
 @click.argument("personas", nargs=-1, required=True, metavar="PERSONA[:SCALE]…")
 @base_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.html")
-@click.option("--ask", "asks", multiple=True, metavar="TEXT", help="A question of which the "
-              "replies are shown; repeatable. Four of the prompts by default.")  # fmt: skip
+@click.option(
+    "--ask",
+    "asks",
+    multiple=True,
+    metavar="TEXT",
+    help="A question whose replies are shown; repeatable. Four of the prompts by default.",
+)
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
@@ -50,7 +55,7 @@ def report(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Show PERSONAs beside their manifestos as system messages, on one page without a network."""
+    """Show PERSONAs beside their manifestos as system messages, on one self-contained page."""
     from superego.atomic import check_writable, replacing
     from superego.report import gather, manifesto_in
     from superego.report_page import render, summary

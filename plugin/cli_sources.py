@@ -23,12 +23,12 @@ _CHAT_BYTES = 100_000  # what may fit a context; more is a corpus
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @click.option("--source", help="Who published them; needed unless every record names its own.")
 @click.option(
-    "--date", metavar="D", help="YYYY, YYYY-MM or YYYY-MM-DD; goes before the documents' own."
+    "--date", metavar="D", help="YYYY, YYYY-MM or YYYY-MM-DD; overrides the documents' own."
 )
 @click.option(
     "--kind",
     type=click.Choice(KINDS, case_sensitive=False),
-    help="What they are; goes before a record's own. 'other' where nothing says.",
+    help="What they are; overrides a record's own. 'other' where nothing says.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.jsonl")
 @click.option("--strict", is_flag=True, help="Stop at the first document that cannot be read.")

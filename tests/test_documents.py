@@ -112,6 +112,18 @@ def test_the_reply_knows_a_document_in_either_form(tmp_path: Path) -> None:
         reply = run(*ASK, "--message", WHEN, "--document", str(document))
         assert reply.exit_code == 0
         assert "nine" in reply.stdout, document
+    other = tmp_path / "old.md"
+    other.write_text("---\ndate: 2016\n---\nThe morning ferry to Hallin leaves at seven.")
+    orders = [(str(other), str(tagged)), (str(tagged), str(other))]
+    sorted_replies, replies = (
+        {
+            run(*ASK, "--message", WHEN, "--document", a, "--document", b, *option).stdout
+            for a, b in orders
+        }
+        for option in (("--best-last",), ())
+    )
+    assert len(sorted_replies) == 1
+    assert sorted_replies <= replies
 
 
 def test_documents_stand_in_front_of_the_first_question_and_again_after_clear(
