@@ -130,11 +130,10 @@ def _dated(document: Document, candidates: Iterable[tuple[str, object]]) -> Docu
     reason = None
     for where, value in candidates:
         try:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and abs(value) > 9999:  # type: ignore[arg-type]
-                day = parse_timestamp(float(value))  # type: ignore[arg-type]
-            else:
-                day = parse_date(str(value))
+            if isinstance(value, (int, float)) and abs(value) > 9999:
+                day = parse_timestamp(value)
+            else:  # a year may be 2021.0 where a table was read as numbers
+                day = parse_date(f"{value:g}" if isinstance(value, float) else str(value))
         except ValueError as error:
             reason = reason or f"{where}: {error}"
             continue

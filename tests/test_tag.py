@@ -122,7 +122,7 @@ def test_every_format_gives_its_own_date_and_title(tmp_path: Path) -> None:
     (folder / "c.pdf").write_bytes(pdf("Ferries are slow.", **info))
     (folder / "d.txt").write_text(Document("Old.", "Mail", "news", "1999").text)
     records = [
-        {"text": "One.", "date": "2020", "lang": "en"},
+        {"text": "One.", "date": 2020.0, "lang": "en"},
         {"content": "Two.", "created_utc": 1600000000, "title": "T", "source": "Own"},
     ]
     (folder / "e.jsonl").write_text("\n".join(map(json.dumps, records)))
