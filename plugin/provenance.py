@@ -30,7 +30,7 @@ _HEADER = re.compile(
     r"(?:Title: (?P<title>[^\n]+)\n)?"
     r"\n"
 )
-_FRAME = re.compile(r"^(?=\[(?:Document|End of document))", re.MULTILINE | re.IGNORECASE)
+_FRAME = re.compile(r"^(?=[^\S\n]*\[(?:Document|End of document))", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
