@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import codecs
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from superego.errors import SuperegoError
-from superego.runtime import stop_tokens, tokenize
+from superego.provenance import Document, defused, in_front
+from superego.runtime import control_tokens, stop_tokens, tokenize
 from superego.session import Session, prefill, prefix_of
 from superego.template import ChatTemplate, Message
 
@@ -28,8 +29,13 @@ class Chat:
         template: ChatTemplate,
         system: str | None = None,
         session: Session | None = None,
+        documents: Sequence[Document] = (),
     ) -> None:
-        """`session` is one that is in the model's cache; its manifesto is the system message."""
+        """`session` is one that is in the model's cache; its manifesto is the system message.
+
+        `documents` stand in front of the first question, again after `clear`; their control
+        tokens are made plain text, `self.defused` counts them.
+        """
         self._session = session
         if session is not None:
             system = session.manifesto
@@ -43,6 +49,10 @@ class Chat:
             self._prefix = prefix_of(llm, template, system)
         self._front: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = []
+        special = control_tokens(llm, template.source) if documents else set()
+        clean = [defused(document, special) for document in documents]
+        self._documents = [document for document, _ in clean]
+        self.defused = sum(count for _, count in clean)
 
     def clear(self) -> None:
         """Forget the conversation, keep the system message."""
@@ -67,14 +77,24 @@ class Chat:
 
         Raises SuperegoError where the conversation no longer fits the context.
         """
-        turn: Message = {"role": "user", "content": message}
+        content = message
+        if self._documents and not self.messages:
+            content = in_front(self._documents, message)
+        turn: Message = {"role": "user", "content": content}
         text = self._template.render([*self._front, *self.messages, turn])
         tokens = tokenize(self._llm, text)
         front = self._prefix
         if self._session is not None:
             tokens, front = self._session.shorten(tokens), self._session.tokens
-        self._warm(front)
         room = self._llm.n_ctx() - len(tokens)
+        if room < 1 and content is not message:
+            length = len(tokenize(self._llm, content))
+            raise SuperegoError(
+                f"{len(self._documents)} documents and the question have {length:,} tokens, the "
+                f"whole prompt {len(tokens):,}; the context has {self._llm.n_ctx():,}; give fewer "
+                "or shorter documents, or a larger --n-ctx"
+            )
+        self._warm(front)
         if room < 1:
             raise SuperegoError(
                 f"conversation of {len(tokens)} tokens does not fit the context of "

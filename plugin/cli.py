@@ -19,12 +19,15 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_report import report
+from superego.cli_sources import tag
 from superego.errors import SuperegoError
 from superego.options import (
     base_option,
     converter,
     gpu_layers_option,
     json_option,
+    lines_of,
     parse_persona,
     say,
     table,
@@ -209,6 +212,19 @@ def session(
     metavar="FILE",
     help="A saved session; with --system it is made anew if it is not of that manifesto.",
 )
+@click.option(
+    "--document",
+    "documents",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A document to put in front of the first question (plain, or tagged .jsonl); repeatable.",
+)
+@click.option(
+    "--best-last",
+    is_flag=True,
+    help="Documents in order of kind and date, the best nearest to the question.",
+)
 @click.option("--message", help="Answer this one message and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
@@ -221,6 +237,8 @@ def chat(
     personas: tuple[str, ...],
     system: str | None,
     session_file: str | None,
+    documents: tuple[Path, ...],
+    best_last: bool,
     message: str | None,
     max_tokens: int,
     temperature: float,
@@ -230,9 +248,11 @@ def chat(
     gpu_layers: int,
 ) -> None:
     """Talk with a base, its personas on or off. Interactive unless --message is given."""
+    from superego import provenance
     from superego.chat import Chat
     from superego.runtime import load
     from superego.session import Unfit, open_session, read_sidecar
+    from superego.tag import open_documents
     from superego.template import ChatTemplate
 
     model = open_base(base)
@@ -241,6 +261,9 @@ def chat(
         check_fit(adapter, model.header)
         warn_other_weights(adapter, model)
     template = ChatTemplate(model.header)
+    read = list(open_documents(documents))
+    if best_last:
+        read = provenance.best_last(read)
     text = find_manifesto(system) if system else None
     kv_type = "f16"
     if session_file is not None:
@@ -255,7 +278,12 @@ def chat(
             opened = open_session(llm, model, Path(session_file), wanted, text)
             if opened.note:
                 click.echo(f"Note: {opened.note}.", err=True)
-        talk = Chat(llm, template, text.body if text else None, opened)
+        talk = Chat(llm, template, text.body if text else None, opened, read)
+        if talk.defused:
+            click.echo(
+                f"Note: {talk.defused} control tokens in the documents were made plain text.",
+                err=True,
+            )
         if message is not None:
             say(talk.reply(message, max_tokens, temperature))
             return
@@ -309,7 +337,7 @@ def evaluate(
             f"{checked[0][0].path}: holds no superego.manifesto to compare with; "
             "evaluate needs an adapter that superego made"
         )
-    messages = _lines_of(prompts) if prompts else None
+    messages = lines_of(prompts) if prompts else None
     with Steps() as steps:
         (report,) = measure(
             model,
@@ -406,17 +434,6 @@ def personas(as_json: bool, show: str | None) -> None:
         click.echo(table({p.name: p.description for p in found.values()}))
 
 
-def _lines_of(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuperegoError(f"{path}: cannot be read as text: {error}") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise SuperegoError(f"{path}: holds no prompts (expected one a line)")
-    return found
-
-
 def _typed() -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401  line editing, where the platform has it
@@ -425,3 +442,7 @@ def _typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+
+
+main.add_command(tag)
+main.add_command(report)

@@ -11,7 +11,7 @@ import importlib.resources
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +67,19 @@ class Report:
         return asdict(self)
 
 
+@dataclass
+class Trace:
+    """What the measures are means of; `evaluate` fills one where it is given.
+
+    `kl` holds an array (tokens of the reply) for each prompt, nats, under ("0", -1) for the
+    bare base, ("S", i) for adapter i and ("TS", i) for it behind the system message.
+    """
+
+    messages: list[str] = field(default_factory=list)
+    replies: list[list[int]] = field(default_factory=list)  # T's own, stop token included
+    kl: dict[tuple[str, int], list[np.ndarray]] = field(default_factory=dict)
+
+
 def bundled(name: str) -> list[str]:
     """The lines of a bundled text: `heldout` or `neutral`."""
     text = importlib.resources.files("superego").joinpath(f"{name}.txt").read_text("utf-8")
@@ -102,12 +115,14 @@ def evaluate(
     threads: int | None = None,
     progress: Progress = lambda done, total: None,
     foreign: tuple[Adapter, float] | None = None,
+    trace: Trace | None = None,
 ) -> list[Report]:
     """Measure adapters beside the manifesto as system message; raises SuperegoError.
 
     `prompts` default to the bundled held-out ones. T's greedy replies of at most
     `max_tokens` tokens are what all three read. `foreign` is another persona's adapter,
-    measured against the same manifesto for specificity.
+    measured against the same manifesto for specificity. `trace` is filled with the values of
+    every token.
     """
     messages = list(prompts) if prompts is not None else bundled("heldout")
     if not messages:
@@ -124,7 +139,11 @@ def evaluate(
         )
     drift = _drift(llm, base, teacher, adapters)
     everyone = [*adapters, *([foreign] if foreign else [])]
-    rows = _compare(llm, teacher, student, everyone, len(adapters), max_tokens, widest, progress)
+    trace = trace or Trace()
+    trace.messages = messages
+    rows = _compare(
+        llm, teacher, student, everyone, len(adapters), max_tokens, widest, progress, trace
+    )
     other = recovered(rows["kl_0"][0], rows["kl_S"][-1]).value if foreign else None
     saved = len(teacher.prefix) - len(student.prefix)
     reports = []
@@ -166,6 +185,7 @@ def _compare(
     max_tokens: int,
     widest: int,
     progress: Progress,
+    trace: Trace,
 ) -> dict[str, list[np.ndarray]]:
     """Per-prompt means over reply tokens; each list has one array an adapter (or one).
 
@@ -189,6 +209,7 @@ def _compare(
             contexts["T"].set_scales([0.0] * len(adapters))
             replies, logits = contexts["T"].greedy(teacher.rest[part], max_tokens, stop)
             target = [log_softmax(x) for x in logits]
+            trace.replies += replies
             done += len(replies)
             progress(done, total)
 
@@ -210,7 +231,9 @@ def _compare(
                     slot = max(index, 0)
                     agree = mine.argmax(-1) == want.argmax(-1)
                     rows[f"top1_{suffix}"][slot][start + i] = agree.mean()
-                    rows[f"kl_{suffix}"][slot][start + i] = kl(want, log_softmax(mine)).mean()
+                    each = kl(want, log_softmax(mine))
+                    trace.kl.setdefault((suffix, index), []).append(each)
+                    rows[f"kl_{suffix}"][slot][start + i] = each.mean()
                     rows["tokens"][0][start + i] = len(want)
 
             for suffix, index in variants:

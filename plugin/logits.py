@@ -155,6 +155,30 @@ class ParallelContext:
             ]
         return replies, [np.stack(r) for r in rows]
 
+    def instead(
+        self,
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        first: Sequence[int],
+    ) -> list[np.ndarray]:
+        """Logits (n_i, n_vocab) at positions first[i]… of texts behind the prompts just read.
+
+        `greedy` or `read` has read the prompts; what stood behind them is dropped, they are not
+        read again.
+        """
+        cells = []
+        for s, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            behind = len(self._prefix) + len(prompt)
+            self._c.llama_memory_seq_rm(self._memory, s, behind, -1)
+            cells += [(t, behind + i, s, i >= first[s - 1]) for i, t in enumerate(text)]
+        rows = [row.copy() for row in self._decode(cells)]
+        out = []
+        for text, start in zip(texts, first, strict=True):
+            n = len(text) - start
+            out.append(np.stack(rows[:n]))
+            rows = rows[n:]
+        return out
+
     def close(self) -> None:
         """Free the context and its adapters."""
         c: Any = self._c

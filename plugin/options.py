@@ -70,6 +70,18 @@ def parse_persona(text: str) -> tuple[Adapter, float]:
     return read_adapter(Path(path)), value
 
 
+def lines_of(path: Path) -> list[str]:
+    """The prompts of a file, one a line; raises SuperegoError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuperegoError(f"{path}: cannot be read as text: {error}") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise SuperegoError(f"{path}: holds no prompts (expected one a line)")
+    return found
+
+
 def warn_other_weights(adapter: Adapter, model: BaseModel) -> None:
     if same_weights(adapter, model) is False:
         click.echo(

@@ -24,7 +24,7 @@ def test_the_wheel_holds_exactly_the_tree(tmp_path: Path) -> None:
     subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     held = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
-    kinds = {".py", ".txt", ".md", ".typed"}
+    kinds = {".py", ".txt", ".md", ".html", ".typed"}
     expected = {
         f"{package}/{path.name}"
         for folder, package in FOLDERS.items()
