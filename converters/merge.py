@@ -1,0 +1,326 @@
+"""Merge: an adapter folded into the weights of its base, quantized again as the base was.
+
+Knows which tensors change, to which type, and the order of the steps. Paths and options
+in, a path out; the command line wraps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from gguf import GGMLQuantizationType, dequantize
+from gguf.quants import quant_shape_to_byte_shape
+
+import superego
+from superego.adapter import Adapter, check_fit
+from superego.atomic import check_writable, replacing
+from superego.base import BaseModel
+from superego.converters.ggml_quantize import quantize, quantize_file
+from superego.converters.gguf_copy import Value, copy_gguf, size_of
+from superego.converters.levels import LINEAR, read_grid
+from superego.converters.moments import gather
+from superego.converters.rounding import Feedback
+from superego.errors import SuperegoError
+from superego.gguf_file import Header, TensorInfo, read_header
+from superego.progress import Steps
+from superego.runtime import default_threads
+
+Type = GGMLQuantizationType
+TYPES = ("same", "Q4_K_M", "Q8_0", "F16")
+_FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # llama_ftype
+_FLOATS = (Type.F32, Type.F16, Type.BF16)
+# One step finer, of the same block width.
+FINER = {
+    Type.Q4_0: Type.Q5_0,
+    Type.Q4_1: Type.Q5_1,
+    Type.Q5_0: Type.Q8_0,
+    Type.Q5_1: Type.Q8_0,
+    Type.IQ4_NL: Type.Q5_0,
+    Type.MXFP4: Type.Q5_0,
+    Type.Q8_0: Type.F16,
+    Type.Q2_K: Type.Q3_K,
+    Type.Q3_K: Type.Q4_K,
+    Type.Q4_K: Type.Q5_K,
+    Type.IQ4_XS: Type.Q5_K,
+    Type.Q5_K: Type.Q6_K,
+    Type.Q6_K: Type.Q8_0,
+    Type.IQ1_S: Type.Q2_K,
+    Type.IQ1_M: Type.Q2_K,
+    Type.IQ2_XXS: Type.Q3_K,
+    Type.IQ2_XS: Type.Q3_K,
+    Type.IQ2_S: Type.Q3_K,
+    Type.IQ3_XXS: Type.Q4_K,
+    Type.IQ3_S: Type.Q4_K,
+}
+_SWEEPS = 2
+_ROWS = 1024  # of a matrix, rounded at once
+_SPARE = 16 << 20  # bytes left free on the disk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge writes: the persona, how strongly, and how it is rounded."""
+
+    adapter: Adapter
+    scale: float
+    type: str = "same"
+    keep: bool = False
+    rounding: str = "feedback"
+    grid: str = "base"
+
+
+class _Weights:
+    """The merged weights of touched matrices, some rows at a time."""
+
+    def __init__(self, base: Header, adapter: Adapter, scale: float) -> None:
+        self._base = np.memmap(base.path, np.uint8, mode="r")
+        self._tensors = base.tensors
+        self._adapter = adapter
+        self._factors = np.memmap(adapter.path, np.uint8, mode="r")
+        self._scale = scale
+
+    def _array(self, raw: np.ndarray, tensor: TensorInfo) -> np.ndarray:
+        found = raw[tensor.offset : tensor.offset + tensor.n_bytes]
+        shaped = found.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
+        return np.asarray(dequantize(shaped, tensor.type), np.float32)
+
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A (r, in) with the whole scale in it, and B (out, r); raises on NaN."""
+        a, b = (self._array(self._factors, half) for half in self._adapter.pairs[name])
+        for suffix, half in (("a", a), ("b", b)):
+            if not np.isfinite(half).all():
+                raise SuperegoError(
+                    f"{self._adapter.path}: {name}.lora_{suffix} holds values that are not finite"
+                )
+        alpha = self._adapter.alpha
+        return a * np.float32(self._scale * (alpha / len(a) if alpha else 1.0)), b
+
+    def raw(self, name: str) -> np.ndarray:
+        """The base's own bytes of a matrix, (out, bytes a row)."""
+        tensor = self._tensors[name]
+        return self._base[tensor.offset : tensor.offset + tensor.n_bytes].reshape(
+            tensor.shape[0], -1
+        )
+
+    def parts(self, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Rows, their base weights and their change, each (n, in) float32."""
+        tensor = self._tensors[name]
+        raw = self.raw(name)
+        a, b = self.factors(name)
+        for start in range(0, tensor.shape[0], _ROWS):
+            rows = slice(start, min(start + _ROWS, tensor.shape[0]))
+            part = raw[rows]
+            yield rows, np.asarray(dequantize(part, tensor.type), np.float32), b[rows] @ a
+
+
+class _Rounder:
+    """Writes touched tensors, and adds up how much of the change rounding loses."""
+
+    def __init__(
+        self, weights: _Weights, base: Header, moments: dict[str, list[np.ndarray]], grid: str
+    ) -> None:
+        self._weights, self._base, self._moments, self._grid = weights, base, moments, grid
+        self.lost: list[float] = []  # a tensor each: squared error over squared change
+
+    def write(self, file: BinaryIO, tensor: TensorInfo, kind: Type) -> None:
+        """A `gguf_copy.Write`."""
+        name = tensor.name
+        moments = self._moments.get(name)
+        feedback = Feedback(moments) if moments and kind in LINEAR else None
+        importance = np.concatenate([m.diagonal() for m in moments]) if moments else None
+        own_grid = self._grid == "base" and kind == self._base.tensors[name].type
+        error = change = 0.0
+        for rows, weights, delta in self._weights.parts(name):
+            target = weights + delta
+            if feedback and own_grid:
+                raw = np.asarray(self._weights.raw(name)[rows])
+            else:
+                raw = quantize(target, kind, importance if kind not in _FLOATS else None)
+            if feedback:
+                grid, pack = read_grid(raw, kind)
+                raw = pack(feedback.round(target, grid, _SWEEPS))
+            file.write(raw.tobytes())
+            off = target - np.asarray(dequantize(raw, kind), np.float32)
+            if feedback:
+                error, change = error + feedback.loss(off), change + feedback.loss(delta)
+            else:
+                error, change = error + float((off**2).sum()), change + float((delta**2).sum())
+        self.lost.append(error / change if change else 0.0)
+
+
+def merge(
+    plan: Plan,
+    model: BaseModel,
+    output: Path,
+    threads: int | None = None,
+    steps: Steps | None = None,
+) -> dict[str, Any]:
+    """Write a model that speaks as `model` with the adapter on; returns what was done.
+
+    Touched matrices get the type that the plan says; everything else is copied, or, for
+    a type other than `same`, quantized by llama.cpp itself in its own mixture. Raises
+    SuperegoError for what cannot be merged, before anything is written.
+    """
+    steps = steps or Steps(quiet=True)
+    started = time.perf_counter()
+    adapter, base = plan.adapter, model.header
+    check_writable(output)
+    check_fit(adapter, base)
+    if output.exists() and any(output.samefile(p) for p in (base.path, adapter.path)):
+        raise SuperegoError(f"{output}: is the base or the adapter itself; give another -o")
+    weights = _Weights(base, adapter, plan.scale)
+    for name in adapter.pairs:
+        weights.factors(name)
+    _check_space(plan, base, output)
+
+    def types(header: Header) -> dict[str, Type]:
+        return {
+            name: FINER.get(header.tensors[name].type, header.tensors[name].type)
+            if plan.keep
+            else header.tensors[name].type
+            for name in adapter.pairs
+        }
+
+    seconds = {}
+    with (
+        replacing(output) as temporary,
+        tempfile.TemporaryDirectory(
+            prefix=f".{output.name}.", dir=output.absolute().parent
+        ) as folder,
+    ):
+        source = base
+        changed = types(base)
+        if plan.type != "same":
+            steps.update(f"quantizing to {plan.type}", 0, 1)
+            source = _in_mixture(plan, weights, base, Path(folder), threads)
+            changed = types(source)
+            steps.update(f"quantizing to {plan.type}", 1, 1)
+            seconds["quantize"] = time.perf_counter() - started
+        mark = time.perf_counter()
+        fine = {name for name, kind in changed.items() if kind in LINEAR and kind != Type.Q8_0}
+        moments: dict[str, list[np.ndarray]] = {}
+        if fine and plan.rounding == "feedback":
+            moments = gather(
+                model,
+                adapter,
+                plan.scale,
+                {name: base.tensors[name].shape[1] for name in adapter.pairs if name in fine},
+                threads,
+                lambda done, total: steps.update("reading what the matrices read", done, total),
+            )
+            seconds["moments"] = time.perf_counter() - mark
+        mark = time.perf_counter()
+        rounder = _Rounder(weights, base, moments, plan.grid)
+        copy_gguf(
+            source,
+            temporary,
+            _metadata(plan, model, source),
+            changed,
+            rounder.write,
+            lambda done, total: steps.update("merging", done, total),
+        )
+        seconds["write"] = time.perf_counter() - mark
+    seconds["total"] = time.perf_counter() - started
+    size = output.stat().st_size
+    kinds = sorted({kind.name for kind in changed.values()})
+    return {
+        "merged": str(output),
+        "bytes": size,
+        "bytes of the base": base.size,
+        "persona": adapter.name,
+        "scale": plan.scale,
+        "type": plan.type,
+        "tensors changed": len(changed),
+        "their types": kinds,
+        "kept finer costs bytes": sum(
+            size_of(base.tensors[n].shape, kind)
+            - size_of(base.tensors[n].shape, source.tensors[n].type)
+            for n, kind in changed.items()
+        ),
+        "rounding": "feedback" if moments else "nearest",
+        "change lost to rounding": round(float(np.mean(rounder.lost)), 4),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak memory MB": _peak_memory() // 2**20,
+    }
+
+
+def _in_mixture(
+    plan: Plan, weights: _Weights, base: Header, folder: Path, threads: int | None
+) -> Header:
+    """The merged model in llama.cpp's mixture for the plan's type, touched ones float32 before."""
+
+    def write(file: BinaryIO, tensor: TensorInfo, kind: Type) -> None:
+        for _, rows, delta in weights.parts(tensor.name):
+            file.write((rows + delta).tobytes())
+
+    exact, mixed = folder / "exact.gguf", folder / "mixed.gguf"
+    copy_gguf(base, exact, {}, dict.fromkeys(plan.adapter.pairs, Type.F32), write)
+    quantize_file(exact, mixed, _FTYPES[plan.type], threads or default_threads())
+    exact.unlink()
+    return read_header(mixed)
+
+
+def _check_space(plan: Plan, base: Header, output: Path) -> None:
+    """Refuse before minutes of work what the disk cannot hold."""
+    weights = sum(size_of(t.shape, Type.F16) for t in base.tensors.values())
+    touched = sum(size_of(base.tensors[n].shape, Type.F16) for n in plan.adapter.pairs)
+    if plan.type == "same":
+        needed = base.size + (touched if plan.keep else 0)
+    else:  # the exact intermediate, llama.cpp's file and the output, the latter two at most F16
+        needed = base.size + 2 * touched + 2 * (weights + base.table_bytes)
+    free = shutil.disk_usage(output.absolute().parent).free
+    if needed + _SPARE > free:
+        raise SuperegoError(
+            f"{output}: the merge may need {needed / 1e9:.2f} GB there and {free / 1e9:.2f} GB "
+            "are free; make room or write to another disk"
+        )
+
+
+def _metadata(plan: Plan, model: BaseModel, source: Header) -> dict[str, Value]:
+    """What the output says of itself, beside everything that the base says."""
+    adapter = plan.adapter
+    keys: dict[str, Value] = {
+        f"superego.{key}": value
+        for key, value in adapter.own.items()
+        if isinstance(value, (str, int, float)) and not key.startswith("merge.")
+    }
+    digest = hashlib.sha256()
+    with adapter.path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    earlier = {
+        key: value
+        for key, value in model.header.metadata.items()
+        if key.startswith("superego.merge.") or key == "superego.manifesto"
+    }
+    keys |= {
+        "superego.version": superego.__version__,
+        "superego.merge.persona": adapter.name,
+        "superego.merge.scale": float(plan.scale),
+        "superego.merge.adapter.sha256": digest.hexdigest(),
+        "superego.merge.base.name": model.name,
+        "superego.merge.base.fingerprint": model.fingerprint,
+        "superego.merge.type": plan.type,
+        "superego.merge.keep": plan.keep,
+        "superego.merge.rounding": plan.rounding,
+    }
+    if earlier:  # a merge of a merge
+        keys["superego.merge.before"] = json.dumps(earlier, sort_keys=True)
+    return keys
+
+
+def _peak_memory() -> int:
+    """Bytes this process has held at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
