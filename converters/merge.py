@@ -39,7 +39,6 @@ from superego.runtime import default_threads
 Type = GGMLQuantizationType
 TYPES = ("same", "Q4_K_M", "Q8_0", "F16")
 _FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # llama_ftype
-_FLOATS = (Type.F32, Type.F16, Type.BF16)
 # One step finer, of the same block width.
 FINER = {
     Type.Q4_0: Type.Q5_0,
@@ -77,7 +76,6 @@ class Plan:
     type: str = "same"
     keep: bool = False
     rounding: str = "feedback"
-    grid: str = "base"
 
 
 class _Weights:
@@ -128,9 +126,9 @@ class _Rounder:
     """Writes touched tensors, and adds up how much of the change rounding loses."""
 
     def __init__(
-        self, weights: _Weights, base: Header, moments: dict[str, list[np.ndarray]], grid: str
+        self, weights: _Weights, base: Header, moments: dict[str, list[np.ndarray]]
     ) -> None:
-        self._weights, self._base, self._moments, self._grid = weights, base, moments, grid
+        self._weights, self._base, self._moments = weights, base, moments
         self.lost: list[float] = []  # a tensor each: squared error over squared change
 
     def write(self, file: BinaryIO, tensor: TensorInfo, kind: Type) -> None:
@@ -139,14 +137,14 @@ class _Rounder:
         moments = self._moments.get(name)
         feedback = Feedback(moments) if moments and kind in LINEAR else None
         importance = np.concatenate([m.diagonal() for m in moments]) if moments else None
-        own_grid = self._grid == "base" and kind == self._base.tensors[name].type
+        same_type = kind == self._base.tensors[name].type
         error = change = 0.0
         for rows, weights, delta in self._weights.parts(name):
             target = weights + delta
-            if feedback and own_grid:
-                raw = np.asarray(self._weights.raw(name)[rows])
-            else:
-                raw = quantize(target, kind, importance if kind not in _FLOATS else None)
+            if same_type and not delta.any():
+                file.write(self._weights.raw(name)[rows].tobytes())
+                continue
+            raw = quantize(target, kind, importance)
             if feedback:
                 grid, pack = read_grid(raw, kind)
                 raw = pack(feedback.round(target, grid, _SWEEPS))
@@ -221,7 +219,7 @@ def merge(
             )
             seconds["moments"] = time.perf_counter() - mark
         mark = time.perf_counter()
-        rounder = _Rounder(weights, base, moments, plan.grid)
+        rounder = _Rounder(weights, base, moments)
         copy_gguf(
             source,
             temporary,

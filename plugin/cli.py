@@ -19,6 +19,7 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_merge import is_merged, merge, show_merged
 from superego.errors import SuperegoError
 from superego.options import (
     base_option,
@@ -295,9 +296,19 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure ADAPTER[:SCALE] beside its manifesto as system message, in llama.cpp."""
+    """Measure ADAPTER[:SCALE] beside its manifesto as system message, in llama.cpp.
+
+    A merged model can be given in the adapter's place.
+    """
     from superego.evaluate import evaluate as measure
 
+    if is_merged(adapter):
+        if against:
+            raise SuperegoError("--against compares adapters; a merged model has none")
+        show_merged(
+            adapter, base, _lines_of(prompts) if prompts else None, max_tokens, threads, as_json
+        )
+        return
     model = open_base(base)
     checked = [parse_persona(text) for text in (adapter, against) if text]
     for each, _ in checked:
@@ -425,3 +436,6 @@ def _typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+
+
+main.add_command(merge)
