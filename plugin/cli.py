@@ -19,6 +19,7 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_library import add, remove
 from superego.cli_merge import is_merged, merge, show_merged
 from superego.cli_ollama import export_ollama, ollama
 from superego.errors import SuperegoError
@@ -442,3 +443,5 @@ def _typed() -> Iterator[str]:
 main.add_command(merge)
 main.add_command(ollama)
 export.add_command(export_ollama)
+main.add_command(add)
+main.add_command(remove)
