@@ -145,15 +145,18 @@ class _Rounder:
                 file.write(self._weights.raw(name)[rows].tobytes())
                 continue
             raw = quantize(target, kind, importance)
-            if feedback:
-                grid, pack = read_grid(raw, kind)
-                raw = pack(feedback.round(target, grid, _SWEEPS))
-            file.write(raw.tobytes())
             off = target - np.asarray(dequantize(raw, kind), np.float32)
-            if feedback:
-                error, change = error + feedback.loss(off), change + feedback.loss(delta)
-            else:
+            if feedback is None:
                 error, change = error + float((off**2).sum()), change + float((delta**2).sum())
+            else:
+                grid, pack = read_grid(raw, kind)
+                levels = feedback.round(target, grid, _SWEEPS)
+                nearest = feedback.loss(off)
+                passed_on = feedback.loss(target - (grid.step * levels + grid.offset))
+                # a change far below the steps can drown in what is passed on
+                raw = pack(levels) if passed_on < nearest else raw
+                error, change = error + min(passed_on, nearest), change + feedback.loss(delta)
+            file.write(raw.tobytes())
         self.lost.append(error / change if change else 0.0)
 
 

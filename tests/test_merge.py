@@ -102,11 +102,11 @@ def test_the_c_quantizer_is_called_rightly(kind: Type) -> None:
 
 def test_feedback_keeps_a_small_change_that_nearest_rounding_loses() -> None:
     rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((2000, 24)) @ rng.standard_normal((24, 128))
+    inputs = rng.standard_normal((2000, 16)) @ rng.standard_normal((16, 128))
     moments = (inputs.T @ inputs).astype(np.float32)
     rows = quantize(rng.standard_normal((32, 128)).astype(np.float32), Type.Q4_1)
     grid, _ = read_grid(rows, Type.Q4_1)
-    change = (0.02 * rng.standard_normal((32, 128))).astype(np.float32)  # a tenth of a step
+    change = (0.04 * rng.standard_normal((32, 128))).astype(np.float32)  # an eighth of a step
     feedback = Feedback([moments])
     target = grid.weights() + change
     levels = feedback.round(target, grid, 2)
@@ -118,7 +118,7 @@ def test_feedback_keeps_a_small_change_that_nearest_rounding_loses() -> None:
         for q in (nearest, levels)
     ]
     assert lost[0] > 0.9
-    assert lost[1] < 0.5 * lost[0]
+    assert lost[1] < 0.3
 
 
 def test_moments_are_those_of_what_the_matrix_reads(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_float_base_gets_exactly_the_change(tmp_path: Path, alpha: float, scal
     for name, (a, b) in pairs().items():
         factor = scale * (alpha / len(a) if alpha else 1.0)
         wanted = before[name] + factor * b.astype(np.float32) @ a.astype(np.float32)
-        assert np.array_equal(after[name], wanted.astype(np.float16))
+        np.testing.assert_allclose(after[name], wanted, rtol=1e-3, atol=1e-6)  # float16
 
 
 def test_everything_else_is_copied_byte_for_byte(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -330,13 +330,15 @@ def test_a_disk_that_fills_up_leaves_nothing(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (base.stat().st_size // 2, limits[1]))
     try:
-        said = refused(
+        result = run(
             "merge", str(adapter), "--base", str(base), "-o", str(out),
             "--rounding", "nearest", "--type", kind,
         )  # fmt: skip
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "cannot be written" in said or "could not quantize" in said
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "cannot be written: File too large" in result.stderr.splitlines()[-1]
     assert out.read_text() == "earlier"
     assert sorted(tmp_path.iterdir()) == files
 
