@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import llm
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import refused, run, tiny_model
+from conftest import documented, refused, run, tiny_model
 from llm.cli import cli
 from llm.plugins import load_plugins
 
@@ -117,3 +118,24 @@ def test_llm_finds_the_plugin_and_starts_light(tmp_path: Path) -> None:
     )
     environment = {"LLM_LOAD_PLUGINS": "superego", "LLM_USER_PATH": str(tmp_path), "PATH": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_documented_commands_run(
+    pirate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but installing, compiling (done once for all tests) and the interactive one."""
+    shutil.copy(pirate, tmp_path / "pirate.gguf")
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for program, *words in documented("llm.md"):
+        if program == "pip" or words[0] in ("compile", "chat"):
+            continue
+        if program == "superego":
+            assert run(*words).exit_code == 0
+        else:
+            limit = ["-o", "max_tokens", "8"] if "persona/pirate" in words else []
+            in_llm(*words, *limit)
+        ran.append((program, words[0]))
+    assert ran == [
+        ("superego", "add"), ("llm", "-m"), ("llm", "-c"), ("superego", "remove"), ("llm", "-m"),
+    ]  # fmt: skip

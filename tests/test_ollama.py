@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refused, run, tiny_model
+from conftest import documented, refused, run, tiny_model
 from gguf import GGMLQuantizationType
 
 from superego.adapter import read_adapter, write_adapter
@@ -351,3 +352,19 @@ def test_names_and_versions() -> None:
             check_name(name)
     assert parse_version("v0.34.1-rc2") == (0, 34, 1)
     assert parse_version("0.35") == (0, 35, 0)
+
+
+def test_the_documented_commands_run(
+    server: Double, pirate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of superego; `ollama` itself is not there."""
+    shutil.copy(pirate, tmp_path / "pirate.gguf")
+    monkeypatch.chdir(tmp_path)
+    commands = [words[1:] for words in documented("ollama.md") if words[0] == "superego"]
+    assert [words[0] for words in commands] == ["export", "export", "ollama"]
+    for words in commands:
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+    (request,) = server.created
+    assert request["model"] == "team/pirate"
+    assert list(request["adapters"]) == ["adapter.gguf"]
