@@ -13,14 +13,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGMLQuantizationType, dequantize
-from gguf.quants import quant_shape_to_byte_shape
 
 import superego
 from superego.adapter import Adapter, check_fit
@@ -29,6 +27,7 @@ from superego.base import BaseModel
 from superego.converters.ggml_quantize import quantize, quantize_file
 from superego.converters.gguf_copy import Value, copy_gguf, size_of
 from superego.converters.levels import LINEAR, read_grid
+from superego.converters.merged_weights import MergedWeights
 from superego.converters.moments import gather
 from superego.converters.rounding import Feedback
 from superego.errors import SuperegoError
@@ -63,7 +62,6 @@ FINER = {
     Type.IQ3_S: Type.Q4_K,
 }
 _SWEEPS = 2
-_ROWS = 1024  # of a matrix, rounded at once
 _SPARE = 16 << 20  # bytes left free on the disk
 
 
@@ -78,86 +76,51 @@ class Plan:
     rounding: str = "feedback"
 
 
-class _Weights:
-    """The merged weights of touched matrices, some rows at a time."""
-
-    def __init__(self, base: Header, adapter: Adapter, scale: float) -> None:
-        self._base = np.memmap(base.path, np.uint8, mode="r")
-        self._tensors = base.tensors
-        self._adapter = adapter
-        self._factors = np.memmap(adapter.path, np.uint8, mode="r")
-        self._scale = scale
-
-    def _array(self, raw: np.ndarray, tensor: TensorInfo) -> np.ndarray:
-        found = raw[tensor.offset : tensor.offset + tensor.n_bytes]
-        shaped = found.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
-        return np.asarray(dequantize(shaped, tensor.type), np.float32)
-
-    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A (r, in) with the whole scale in it, and B (out, r); raises on NaN."""
-        a, b = (self._array(self._factors, half) for half in self._adapter.pairs[name])
-        for suffix, half in (("a", a), ("b", b)):
-            if not np.isfinite(half).all():
-                raise SuperegoError(
-                    f"{self._adapter.path}: {name}.lora_{suffix} holds values that are not finite"
-                )
-        alpha = self._adapter.alpha
-        return a * np.float32(self._scale * (alpha / len(a) if alpha else 1.0)), b
-
-    def raw(self, name: str) -> np.ndarray:
-        """The base's own bytes of a matrix, (out, bytes a row)."""
-        tensor = self._tensors[name]
-        return self._base[tensor.offset : tensor.offset + tensor.n_bytes].reshape(
-            tensor.shape[0], -1
-        )
-
-    def parts(self, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Rows, their base weights and their change, each (n, in) float32."""
-        tensor = self._tensors[name]
-        raw = self.raw(name)
-        a, b = self.factors(name)
-        for start in range(0, tensor.shape[0], _ROWS):
-            rows = slice(start, min(start + _ROWS, tensor.shape[0]))
-            part = raw[rows]
-            yield rows, np.asarray(dequantize(part, tensor.type), np.float32), b[rows] @ a
-
-
 class _Rounder:
-    """Writes touched tensors, and adds up how much of the change rounding loses."""
+    """Writes touched tensors, and adds up how much rounding errs."""
 
     def __init__(
-        self, weights: _Weights, base: Header, moments: dict[str, list[np.ndarray]]
+        self, weights: MergedWeights, base: Header, moments: dict[str, list[np.ndarray]]
     ) -> None:
         self._weights, self._base, self._moments = weights, base, moments
-        self.lost: list[float] = []  # a tensor each: squared error over squared change
+        self._sums: dict[str, np.ndarray] = {}  # kind of matrix -> squared error, squared change
 
     def write(self, file: BinaryIO, tensor: TensorInfo, kind: Type) -> None:
         """A `gguf_copy.Write`."""
         name = tensor.name
-        moments = self._moments.get(name)
+        moments = self._weights.moments(name, self._moments.get(name, []))
         feedback = Feedback(moments) if moments and kind in LINEAR else None
         importance = np.concatenate([m.diagonal() for m in moments]) if moments else None
         same_type = kind == self._base.tensors[name].type
-        error = change = 0.0
+        sums = self._sums.setdefault(name.removesuffix(".weight").rpartition(".")[2], np.zeros(2))
         for rows, weights, delta in self._weights.parts(name):
             target = weights + delta
-            if same_type and not delta.any():
-                file.write(self._weights.raw(name)[rows].tobytes())
-                continue
             raw = quantize(target, kind, importance)
-            off = target - np.asarray(dequantize(raw, kind), np.float32)
             if feedback is None:
-                error, change = error + float((off**2).sum()), change + float((delta**2).sum())
+                error, change = (off(target, raw, kind) ** 2).sum(1), (delta**2).sum(1)
             else:
                 grid, pack = read_grid(raw, kind)
                 levels = feedback.round(target, grid, _SWEEPS)
-                nearest = feedback.loss(off)
+                error = feedback.loss(off(target, raw, kind))
                 passed_on = feedback.loss(target - (grid.step * levels + grid.offset))
                 # a change far below the steps can drown in what is passed on
-                raw = pack(levels) if passed_on < nearest else raw
-                error, change = error + min(passed_on, nearest), change + feedback.loss(delta)
+                better = passed_on < error
+                raw[better], error = pack(levels)[better], np.minimum(passed_on, error)
+                change = feedback.loss(delta)
+            if same_type:
+                still = self._weights.unchanged(name, delta)
+                raw[still], error[still] = self._weights.raw(name)[rows][still], 0
+            sums += error.sum(), change.sum()
             file.write(raw.tobytes())
-        self.lost.append(error / change if change else 0.0)
+
+    def errors(self) -> dict[str, float]:
+        """Squared rounding error by squared change, for each kind of matrix."""
+        return {k: round(float(e / c), 3) if c else 0.0 for k, (e, c) in self._sums.items()}
+
+
+def off(target: np.ndarray, raw: np.ndarray, kind: Type) -> np.ndarray:
+    """What quantized rows lack of their target, (n, in) float32."""
+    return target - np.asarray(dequantize(raw, kind), np.float32)
 
 
 def merge(
@@ -180,9 +143,7 @@ def merge(
     check_fit(adapter, base)
     if output.exists() and any(output.samefile(p) for p in (base.path, adapter.path)):
         raise SuperegoError(f"{output}: is the base or the adapter itself; give another -o")
-    weights = _Weights(base, adapter, plan.scale)
-    for name in adapter.pairs:
-        weights.factors(name)
+    weights = MergedWeights(base, adapter, plan.scale)
     _check_space(plan, base, output)
 
     def types(header: Header) -> dict[str, Type]:
@@ -250,14 +211,14 @@ def merge(
             for n, kind in changed.items()
         ),
         "rounding": "feedback" if moments else "nearest",
-        "change lost to rounding": round(float(np.mean(rounder.lost)), 4),
+        "rounding error": rounder.errors(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak memory MB": _peak_memory() // 2**20,
     }
 
 
 def _in_mixture(
-    plan: Plan, weights: _Weights, base: Header, folder: Path, threads: int | None
+    plan: Plan, weights: MergedWeights, base: Header, folder: Path, threads: int | None
 ) -> Header:
     """The merged model in llama.cpp's mixture for the plan's type, touched ones float32 before."""
 

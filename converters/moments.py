@@ -23,8 +23,10 @@ from superego.runtime import load, stop_tokens
 from superego.template import ChatTemplate
 
 GROUP = 2048  # columns whose moments with each other are kept; wider matrices have several groups
-MESSAGES, REPLY = 48, 16
+MESSAGES, REPLY = 96, 16
 _PARALLEL = 32
+_PREFIX = 0.02  # what each row of the prefix counts, of all others: everything attends to it
+_CAP = 3.0  # median norms that a row of the prefix may have
 _FLUSH = 1024  # rows multiplied at once
 _BUDGET = 1 << 30  # bytes of moments held at once; more takes another run over the messages
 Progress = Callable[[int, int], None]
@@ -71,6 +73,7 @@ class Watch:
         self.rows: dict[str, int] = dict.fromkeys(widths, 0)
         self.moments = {name: [np.zeros((n, n), np.float32) for n in groups(w)]
                         for name, w in widths.items()}  # fmt: skip
+        self.prefix_weight = 0.0  # set while the prefix is read: what each of its rows counts
         self._error: Exception | None = None
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._seen)
 
@@ -98,8 +101,15 @@ class Watch:
         width, rows = source.ne[0], source.ne[1]
         if width != self._widths[name] or source.type != 0 or source.nb[1] != 4 * width:
             raise SuperegoError(f"{name}: its inputs in llama.cpp are not plain rows of float32")
+        if not rows:  # the last layer of a batch of which no logits are wanted
+            return True
         out = np.empty((rows, width), np.float32)
         self._lib.ggml_backend_tensor_get(tensor.src[1], out.ctypes.data, 0, out.nbytes)
+        if self.prefix_weight:
+            norms = np.linalg.norm(out, axis=1, keepdims=True)
+            # an attention sink's huge inputs would drown all others
+            cap = np.minimum(1.0, _CAP * np.median(norms) / np.maximum(norms, 1e-30))
+            out *= cap * np.float32(np.sqrt(self.prefix_weight))
         self._pending[name].append(out)
         if sum(map(len, self._pending[name])) >= _FLUSH:
             self._flush(name)
@@ -154,6 +164,7 @@ def gather(
     llm = load(model, n_ctx=256, threads=threads)
     encoded = encode(llm, template, None, list(prompts or messages()))
     widest = max(map(len, encoded.rest)) + REPLY
+    rows = sum(map(len, encoded.rest)) + REPLY * len(encoded.rest)
     stop = stop_tokens(llm)
     parts: list[dict[str, int]] = [{}]
     held = 0
@@ -168,9 +179,11 @@ def gather(
     total = len(parts) * len(encoded.rest)
     for i, part in enumerate(parts):
         watch = Watch(part)
+        watch.prefix_weight = _PREFIX * rows
         with ParallelContext(
             llm, encoded.prefix, _PARALLEL, widest, [(adapter, scale)], callback=watch.callback
         ) as context:
+            watch.prefix_weight = 0.0
             for start in range(0, len(encoded.rest), _PARALLEL):
                 context.greedy(encoded.rest[start : start + _PARALLEL], REPLY, stop)
                 watch.finish()

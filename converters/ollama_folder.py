@@ -54,8 +54,7 @@ def export_adapter(
 
         def make(folder: Path) -> None:
             done = merge(plan, model, folder / "merged.gguf", threads, steps)
-            report["change lost to rounding"] = done["change lost to rounding"]
-            report["bytes"] = done["bytes"]
+            report.update({key: done[key] for key in ("bytes", "rounding error")})
 
         recipe = Modelfile("./merged.gguf")
     return _write(output, recipe, make, report)
