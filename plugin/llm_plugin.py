@@ -1,10 +1,11 @@
 """The plugin for Simon Willison's llm: persona/NAME models, templates, `llm superego`.
 
-Knows llm's hooks. Imports nothing heavy: llm loads its plugins at every start.
+Knows llm's hooks. Imports neither torch nor llama.cpp: llm loads its plugins at every start.
 """
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 _loaded: dict[str, tuple[Llama, tuple[str, float]]] = {}  # base -> model, adapter that is on
+
+
+@atexit.register
+def _close() -> None:
+    """Free the models while Python still stands: later, llama-cpp-python's own end fails."""
+    while _loaded:
+        _loaded.popitem()[1][0].close()
 
 
 @llm.hookimpl

@@ -114,10 +114,23 @@ def test_llm_finds_the_plugin_and_starts_light(tmp_path: Path) -> None:
         "import sys, llm.plugins\n"
         "llm.plugins.load_plugins()\n"
         "assert 'superego.llm_plugin' in sys.modules\n"
-        "assert not {'torch', 'superego.cli', 'gguf'} & set(sys.modules)\n"
+        "assert not {'torch', 'llama_cpp', 'superego.cli'} & set(sys.modules)\n"
     )
     environment = {"LLM_LOAD_PLUGINS": "superego", "LLM_USER_PATH": str(tmp_path), "PATH": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_process_of_its_own_says_nothing_but_the_reply(tmp_path: Path) -> None:
+    """Neither llama.cpp's log nor complaints at Python's end reach the terminal."""
+    base = tiny_model(tmp_path / "base.gguf")
+    rng = np.random.default_rng(0)
+    pair = (rng.standard_normal((4, 64)), rng.standard_normal((64, 4)))
+    write_adapter(tmp_path / "a.gguf", "llama", {"blk.0.attn_output.weight": pair}, {})
+    run("add", str(tmp_path / "a.gguf"), "--base", str(base))
+    command = [sys.executable, "-m", "llm", "-m", "persona/a", "hi", "-o", "max_tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
 
 
 def test_the_documented_commands_run(
