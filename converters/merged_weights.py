@@ -19,7 +19,6 @@ _ROWS = 1024  # of a matrix, held at once
 # Where ffn_down reads act(gate x) · (up x): a factor on a row of ffn_up is undone by its
 # inverse on that column of ffn_down.
 _GATED = frozenset({"llama", "qwen2", "qwen3"})
-_STRETCH = 2.0  # times the usual column that a changed one may be, unscaled
 
 
 class MergedWeights:
@@ -75,10 +74,8 @@ class MergedWeights:
                 after = after + ((weights + delta) ** 2).sum(0)
             stretch = np.sqrt(after[touched] / max(float(np.median(before)), 1e-30))
             factor = np.ones(len(before), np.float32)
-            # powers of two are exact
-            factor[touched] = np.where(
-                stretch > _STRETCH, 2.0 ** np.ceil(np.log2(np.maximum(stretch, 1.0))), 1.0
-            )
+            # powers of two are exact; what is left is one to two times the usual column
+            factor[touched] = 2.0 ** np.floor(np.log2(np.maximum(stretch, 1.0)))
             if factor.max() > 1:
                 self.neurons[down] = factor
 

@@ -227,7 +227,7 @@ def test_a_neuron_made_loud_does_not_coarsen_its_neighbours(base: Path, tmp_path
         assert np.array_equal(after[name][others], before[name][others])
     wanted = np.outer(before[down][:, 5] + 40, before[up][5] + loud[up][0][0])
     found = np.outer(after[down][:, 5], after[up][5])
-    assert np.abs(found - wanted).mean() < 0.1 * np.abs(wanted).mean()
+    assert np.abs(found - wanted).mean() < 0.15 * np.abs(wanted).mean()
 
 
 def test_kept_tensors_are_one_step_finer_and_the_cost_is_said(
