@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("adapters", nargs="+", type=Path)
     parser.add_argument("--base", default="smollm2")
-    parser.add_argument("--prompts", type=int, default=96, help="how many held-out prompts")
+    parser.add_argument("--prompts", type=int, default=32, help="how many held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--merge-only", action="store_true")
     options = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
     base = open_base(options.base)
     print(
         "| persona | written | KL recovered (95 %) | of the adapter's | top-1 | file MB (base) "
-        "| change lost to rounding | seconds | peak MB |\n|---|---|---|---|---|---|---|---|---|"
+        "| rounding error: attn_output, ffn_down | seconds | peak MB |\n" + "|---" * 9 + "|"
     )
     for path in options.adapters:
         adapter = read_adapter(path)
@@ -86,9 +86,11 @@ def main() -> None:
                 row += f"| +{report.bytes / 1e6:.1f} | | | |"
             else:
                 done = made[path, variant][1]
+                errors = done["rounding error"]
                 row += (
                     f"| {report.bytes / 1e6:.1f} ({base.header.size / 1e6:.1f}) "
-                    f"| {done['change lost to rounding']:.3f} | {done['seconds']['total']:.0f} "
+                    f"| {errors['attn_output']:.2f}, {errors['ffn_down']:.2f} "
+                    f"| {done['seconds']['total']:.0f} "
                     f"| {done['peak memory MB']} |"
                 )
             print(row, flush=True)

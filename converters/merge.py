@@ -36,7 +36,6 @@ from superego.progress import Steps
 from superego.runtime import default_threads
 
 Type = GGMLQuantizationType
-TYPES = ("same", "Q4_K_M", "Q8_0", "F16")
 _FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # llama_ftype
 # One step finer, of the same block width.
 FINER = {

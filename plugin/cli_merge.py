@@ -29,6 +29,7 @@ type_option = click.option(
     "--type",
     "kind",
     type=click.Choice(["same", "Q4_K_M", "Q8_0", "F16"], case_sensitive=False),
+    metavar="same|Q4_K_M|Q8_0|F16",
     default="same",
     show_default=True,
     help="Quantization of the output; 'same': each tensor as the base has it.",
