@@ -169,18 +169,8 @@ def merge(
             steps.update(f"quantizing to {plan.type}", 1, 1)
             seconds["quantize"] = time.perf_counter() - started
         mark = time.perf_counter()
-        fine = {name for name, kind in changed.items() if kind in LINEAR and kind != Type.Q8_0}
-        moments: dict[str, list[np.ndarray]] = {}
-        if fine and plan.rounding == "feedback":
-            moments = gather(
-                model,
-                adapter,
-                plan.scale,
-                {name: base.tensors[name].shape[1] for name in adapter.pairs if name in fine},
-                threads,
-                lambda done, total: steps.update("reading what the matrices read", done, total),
-            )
-            seconds["moments"] = time.perf_counter() - mark
+        moments = _moments(plan, model, changed, threads, steps)
+        seconds["moments"] = time.perf_counter() - mark
         mark = time.perf_counter()
         rounder = _Rounder(weights, base, moments)
         copy_gguf(
@@ -214,6 +204,31 @@ def merge(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak memory MB": _peak_memory() // 2**20,
     }
+
+
+def _moments(
+    plan: Plan,
+    model: BaseModel,
+    changed: dict[str, Type],
+    threads: int | None,
+    steps: Steps,
+) -> dict[str, list[np.ndarray]]:
+    """What the matrices read that are rounded with feedback; Q8_0 is fine enough without."""
+    widths = {
+        name: model.header.tensors[name].shape[1]
+        for name, kind in changed.items()
+        if kind in LINEAR and kind != Type.Q8_0
+    }
+    if plan.rounding == "nearest" or not widths:
+        return {}
+    return gather(
+        model,
+        plan.adapter,
+        plan.scale,
+        widths,
+        threads,
+        lambda done, total: steps.update("reading what the matrices read", done, total),
+    )
 
 
 def _in_mixture(
