@@ -164,11 +164,15 @@ def _byte_tokens() -> list[str]:
 
 
 def documented(page: str) -> list[list[str]]:
-    """The commands in a page's code blocks, in order, comments and settings left out."""
+    """The commands in a page's plain code blocks, in order, comments and settings left out.
+
+    Blocks that name a language, such as text for output, hold none.
+    """
     text = (Path(__file__).parent.parent / "docs" / page).read_text("utf-8")
     found = []
     for block in text.split("```")[1::2]:
-        for line in block.splitlines()[1:]:
+        kind, *lines = block.splitlines()
+        for line in lines if not kind else []:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             while words and "=" in words[0]:
                 words.pop(0)
