@@ -90,6 +90,10 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     base = tiny_model(tmp_path / "base.gguf")
     assert "no persona 'nobody'" in refused("remove", "nobody")
     load_plugins()
+    mounted = CliRunner().invoke(cli, ["superego", "remove", "nobody"])
+    assert (mounted.exit_code, mounted.stdout) == (2, "")
+    assert mounted.stderr.startswith("Error: no persona 'nobody'")
+    assert "--effort" in in_llm("superego", "compile", "--help").stdout
     unknown = CliRunner().invoke(cli, ["-t", "persona:nobody", "hi"])
     assert unknown.exit_code == 1
     assert "bundled ones: clinician" in unknown.stderr
