@@ -87,7 +87,7 @@ class _Rounder:
     def write(self, file: BinaryIO, tensor: TensorInfo, kind: Type) -> None:
         """A `gguf_copy.Write`."""
         name = tensor.name
-        moments = self._weights.moments(name, self._moments.get(name, []))
+        moments = self._moments.get(name)
         feedback = Feedback(moments) if moments and kind in LINEAR else None
         importance = np.concatenate([m.diagonal() for m in moments]) if moments else None
         same_type = kind == self._base.tensors[name].type
@@ -107,7 +107,7 @@ class _Rounder:
                 raw[better], error = pack(levels)[better], np.minimum(passed_on, error)
                 change = feedback.loss(delta)
             if same_type:
-                still = self._weights.unchanged(name, delta)
+                still = ~delta.any(axis=1)
                 raw[still], error[still] = self._weights.raw(name)[rows][still], 0
             sums += error.sum(), change.sum()
             file.write(raw.tobytes())

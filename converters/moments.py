@@ -25,7 +25,12 @@ from superego.template import ChatTemplate
 GROUP = 2048  # columns whose moments with each other are kept; wider matrices have several groups
 MESSAGES, REPLY = 96, 16
 _PARALLEL = 32
-_PREFIX = 0.02  # what each row of the prefix counts, of all others: everything attends to it
+# What each row of the prefix counts, of all others; more where its keys and values are written,
+# which all later tokens read.
+_PREFIX, _PREFIX_CELLS = 0.02, 0.1
+# Of the diagonal, added to it: a few thousand rows tell moments between columns badly, and
+# unseen text loses less where they count half. Those of the prefix are the same everywhere.
+_SHRINK = 1.0
 _CAP = 3.0  # median norms that a row of the prefix may have
 _FLUSH = 1024  # rows multiplied at once
 _BUDGET = 1 << 30  # bytes of moments held at once; more takes another run over the messages
@@ -73,7 +78,8 @@ class Watch:
         self.rows: dict[str, int] = dict.fromkeys(widths, 0)
         self.moments = {name: [np.zeros((n, n), np.float32) for n in groups(w)]
                         for name, w in widths.items()}  # fmt: skip
-        self.prefix_weight = 0.0  # set while the prefix is read: what each of its rows counts
+        self.in_prefix = False  # set while the prefix is read
+        self._prefix: dict[str, list[np.ndarray]] = {name: [] for name in widths}
         self._error: Exception | None = None
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._seen)
 
@@ -105,11 +111,12 @@ class Watch:
             return True
         out = np.empty((rows, width), np.float32)
         self._lib.ggml_backend_tensor_get(tensor.src[1], out.ctypes.data, 0, out.nbytes)
-        if self.prefix_weight:
+        if self.in_prefix:
             norms = np.linalg.norm(out, axis=1, keepdims=True)
             # an attention sink's huge inputs would drown all others
-            cap = np.minimum(1.0, _CAP * np.median(norms) / np.maximum(norms, 1e-30))
-            out *= cap * np.float32(np.sqrt(self.prefix_weight))
+            out *= np.minimum(1.0, _CAP * np.median(norms) / np.maximum(norms, 1e-30))
+            self._prefix[name].append(out)
+            return True
         self._pending[name].append(out)
         if sum(map(len, self._pending[name])) >= _FLUSH:
             self._flush(name)
@@ -118,9 +125,12 @@ class Watch:
     def _flush(self, name: str) -> None:
         if not self._pending[name]:
             return
-        x = np.concatenate(self._pending.pop(name))
+        x = np.concatenate(self._pending[name])
         self._pending[name] = []
         self.rows[name] += len(x)
+        self._add(name, x)
+
+    def _add(self, name: str, x: np.ndarray) -> None:
         start = 0
         for gram in self.moments[name]:
             part = x[:, start : start + len(gram)]
@@ -133,6 +143,17 @@ class Watch:
             raise self._error
         for name in self._widths:
             self._flush(name)
+
+    def weighed(self) -> dict[str, list[np.ndarray]]:
+        """The moments for rounding: shrunk to their diagonal, the prefix added; call it once."""
+        for name, rows in self._prefix.items():
+            for gram in self.moments[name]:
+                gram[np.diag_indices_from(gram)] *= 1 + _SHRINK
+            cells = any(f".{kind}." in name for kind in ("attn_k", "attn_v", "attn_qkv"))
+            weight = (_PREFIX_CELLS if cells else _PREFIX) * self.rows[name]
+            for x in rows:
+                self._add(name, x * np.float32(np.sqrt(weight)))
+        return {name: found for name, found in self.moments.items() if self.rows[name]}
 
 
 def groups(width: int) -> list[int]:
@@ -157,6 +178,7 @@ def gather(
 ) -> dict[str, list[np.ndarray]]:
     """Moments of the inputs of the named matrices, with the adapter on, by column groups.
 
+    They are weighed for rounding, see `Watch.weighed`.
     What is run is the persona's own greedy replies to bundled messages. Matrices that
     llama.cpp does not run as plain products (experts) have no entry.
     """
@@ -164,7 +186,6 @@ def gather(
     llm = load(model, n_ctx=256, threads=threads)
     encoded = encode(llm, template, None, list(prompts or messages()))
     widest = max(map(len, encoded.rest)) + REPLY
-    rows = sum(map(len, encoded.rest)) + REPLY * len(encoded.rest)
     stop = stop_tokens(llm)
     parts: list[dict[str, int]] = [{}]
     held = 0
@@ -179,15 +200,15 @@ def gather(
     total = len(parts) * len(encoded.rest)
     for i, part in enumerate(parts):
         watch = Watch(part)
-        watch.prefix_weight = _PREFIX * rows
+        watch.in_prefix = True
         with ParallelContext(
             llm, encoded.prefix, _PARALLEL, widest, [(adapter, scale)], callback=watch.callback
         ) as context:
-            watch.prefix_weight = 0.0
+            watch.in_prefix = False
             for start in range(0, len(encoded.rest), _PARALLEL):
                 context.greedy(encoded.rest[start : start + _PARALLEL], REPLY, stop)
                 watch.finish()
                 progress(i * len(encoded.rest) + start + _PARALLEL, total)
-        found.update({name: m for name, m in watch.moments.items() if watch.rows[name]})
+        found.update(watch.weighed())
     llm.close()
     return found
