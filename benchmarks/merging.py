@@ -54,12 +54,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="how many held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--merge-only", action="store_true")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT"
+    )
     options = parser.parse_args()
     options.out.mkdir(exist_ok=True)
     made = {
         (adapter, variant): merged(adapter, options.base, variant, options.out)
         for adapter in options.adapters
-        for variant in VARIANTS
+        for variant in options.variants
     }
     if options.merge_only:
         return
@@ -73,10 +76,10 @@ def main() -> None:
         own, *rest = evaluate_merged(
             base,
             adapter.own["manifesto"],
-            [(adapter, 1.0), *(open_base(str(made[path, v][0])) for v in VARIANTS)],
+            [(adapter, 1.0), *(open_base(str(made[path, v][0])) for v in options.variants)],
             lines("heldout")[: options.prompts],
         )
-        for variant, report in zip(["adapter", *VARIANTS], [own, *rest], strict=True):
+        for variant, report in zip(["adapter", *options.variants], [own, *rest], strict=True):
             k = report.kl_recovered
             row = (
                 f"| {adapter.name} | {variant} | {k.value:.3f} ({k.low:.3f}–{k.high:.3f}) "
