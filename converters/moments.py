@@ -25,11 +25,9 @@ from superego.template import ChatTemplate
 GROUP = 2048  # columns whose moments with each other are kept; wider matrices have several groups
 MESSAGES, REPLY = 96, 16
 _PARALLEL = 32
-# What each row of the prefix counts, of all others; more where its keys and values are written,
-# which all later tokens read.
-_PREFIX, _PREFIX_CELLS = 0.02, 0.1
+_PREFIX = 0.02  # what each row of the prefix counts, of all others: all later tokens read it
 # Of the diagonal, added to it: a few thousand rows tell moments between columns badly, and
-# unseen text loses less where they count half. Those of the prefix are the same everywhere.
+# unseen text loses less where they count half.
 _SHRINK = 1.0
 _CAP = 3.0  # median norms that a row of the prefix may have
 _FLUSH = 1024  # rows multiplied at once
@@ -145,14 +143,12 @@ class Watch:
             self._flush(name)
 
     def weighed(self) -> dict[str, list[np.ndarray]]:
-        """The moments for rounding: shrunk to their diagonal, the prefix added; call it once."""
+        """The moments for rounding: the prefix added, shrunk to their diagonal; call it once."""
         for name, rows in self._prefix.items():
+            for x in rows:
+                self._add(name, x * np.float32(np.sqrt(_PREFIX * self.rows[name])))
             for gram in self.moments[name]:
                 gram[np.diag_indices_from(gram)] *= 1 + _SHRINK
-            cells = any(f".{kind}." in name for kind in ("attn_k", "attn_v", "attn_qkv"))
-            weight = (_PREFIX_CELLS if cells else _PREFIX) * self.rows[name]
-            for x in rows:
-                self._add(name, x * np.float32(np.sqrt(weight)))
         return {name: found for name, found in self.moments.items() if self.rows[name]}
 
 
