@@ -19,6 +19,9 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_library import add, remove
+from superego.cli_merge import is_merged, merge, show_merged
+from superego.cli_ollama import export_ollama, ollama
 from superego.cli_report import report
 from superego.cli_sources import tag
 from superego.errors import SuperegoError
@@ -323,9 +326,19 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure ADAPTER[:SCALE] beside its manifesto as system message, in llama.cpp."""
+    """Measure ADAPTER[:SCALE] beside its manifesto as system message, in llama.cpp.
+
+    A merged model can be given in the adapter's place.
+    """
     from superego.evaluate import evaluate as measure
 
+    if is_merged(adapter):
+        if against:
+            raise SuperegoError("--against compares adapters; a merged model has none")
+        show_merged(
+            adapter, base, lines_of(prompts) if prompts else None, max_tokens, threads, as_json
+        )
+        return
     model = open_base(base)
     checked = [parse_persona(text) for text in (adapter, against) if text]
     for each, _ in checked:
@@ -446,3 +459,8 @@ def _typed() -> Iterator[str]:
 
 main.add_command(tag)
 main.add_command(report)
+main.add_command(merge)
+main.add_command(ollama)
+export.add_command(export_ollama)
+main.add_command(add)
+main.add_command(remove)

@@ -116,6 +116,20 @@ def read_header(path: Path) -> Header:
         raise SuperegoError(f"{path}: GGUF is damaged: {error}") from None
 
 
+def metadata_spans(header: Header) -> dict[str, tuple[int, int]]:
+    """Where each metadata entry lies in the file, its key included: start and end byte."""
+    spans = {}
+    with header.path.open("rb") as file:
+        reader = _Reader(file, header.path, header.size)
+        reader.take(16, "counts")
+        for _ in range(reader.scalar(10, "key count")):
+            start = file.tell()
+            key = reader.string("metadata key")
+            reader.value(reader.scalar(4, key), key)
+            spans[key] = (start, file.tell())
+    return spans
+
+
 def _parse(reader: _Reader) -> Header:
     path = reader.path
     magic = reader.file.read(4)

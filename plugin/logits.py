@@ -38,7 +38,9 @@ class ParallelContext:
         n_tokens: int,
         adapters: Sequence[tuple[Adapter, float]] = (),
         state: State | None = None,
+        callback: Any = None,
     ) -> None:
+        """`callback` is a ggml_backend_sched_eval_callback that sees the graph's tensors."""
         import llama_cpp as c
 
         self._c = c
@@ -52,6 +54,9 @@ class ParallelContext:
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = llm.n_threads_batch
         params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if callback is not None:
+            params.cb_eval = callback
+            self._callback = callback  # must outlive the context
         self._context = c.llama_init_from_model(llm._model.model, params)
         if not self._context:
             raise SuperegoError(f"llama.cpp could not make a context of {params.n_ctx} tokens")

@@ -25,7 +25,7 @@ def default_threads() -> int:
     return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
-def _quiet() -> None:
+def silence() -> None:
     """Silence llama.cpp's log: one warning per adapter tensor is no news to a user."""
     import llama_cpp
 
@@ -52,7 +52,7 @@ def load(
     """
     import llama_cpp
 
-    _quiet()
+    silence()
     try:
         return llama_cpp.Llama(
             str(base.path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,21 @@ def _byte_tokens() -> list[str]:
             names[byte] = chr(256 + extra)
             extra += 1
     return [names[byte] for byte in range(256)]
+
+
+def documented(page: str) -> list[list[str]]:
+    """The commands in a page's plain code blocks, in order, comments and settings left out.
+
+    Blocks that name a language, such as text for output, hold none.
+    """
+    text = (Path(__file__).parent.parent / "docs" / page).read_text("utf-8")
+    found = []
+    for block in text.split("```")[1::2]:
+        kind, *lines = block.splitlines()
+        for line in lines if not kind else []:
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and "=" in words[0]:
+                words.pop(0)
+            if words:
+                found.append(words)
+    return found

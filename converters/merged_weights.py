@@ -1,0 +1,66 @@
+"""The weights of a base with an adapter in them, some rows of a matrix at a time.
+
+Knows adapter pairs and quantized tensors. Does not round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from gguf import dequantize
+from gguf.quants import quant_shape_to_byte_shape
+
+from superego.adapter import Adapter
+from superego.errors import SuperegoError
+from superego.gguf_file import Header, TensorInfo
+
+_ROWS = 1024  # of a matrix, held at once
+
+
+class MergedWeights:
+    """W + scale · alpha / rank · B A of each matrix that the adapter has a pair for.
+
+    Raises SuperegoError for pairs that are not finite.
+    """
+
+    def __init__(self, base: Header, adapter: Adapter, scale: float) -> None:
+        self._base = np.memmap(base.path, np.uint8, mode="r")
+        self._tensors = base.tensors
+        self._adapter = adapter
+        self._factors = np.memmap(adapter.path, np.uint8, mode="r")
+        self._scale = scale
+        for name in adapter.pairs:
+            self._pair(name)
+
+    def _array(self, raw: np.ndarray, tensor: TensorInfo) -> np.ndarray:
+        found = raw[tensor.offset : tensor.offset + tensor.n_bytes]
+        shaped = found.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
+        return np.asarray(dequantize(shaped, tensor.type), np.float32)
+
+    def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A (r, in) with the whole scale in it, and B (out, r)."""
+        a, b = (self._array(self._factors, half) for half in self._adapter.pairs[name])
+        for suffix, half in (("a", a), ("b", b)):
+            if not np.isfinite(half).all():
+                raise SuperegoError(
+                    f"{self._adapter.path}: {name}.lora_{suffix} holds values that are not finite"
+                )
+        alpha = self._adapter.alpha
+        return a * np.float32(self._scale * (alpha / len(a) if alpha else 1.0)), b
+
+    def raw(self, name: str) -> np.ndarray:
+        """The base's own bytes of a matrix, (out, bytes a row)."""
+        tensor = self._tensors[name]
+        return self._base[tensor.offset : tensor.offset + tensor.n_bytes].reshape(
+            tensor.shape[0], -1
+        )
+
+    def parts(self, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Rows, their base weights and their change, each (n, in) float32."""
+        tensor = self._tensors[name]
+        raw = self.raw(name)
+        a, b = self._pair(name)
+        for start in range(0, tensor.shape[0], _ROWS):
+            rows = slice(start, min(start + _ROWS, tensor.shape[0]))
+            yield rows, np.asarray(dequantize(raw[rows], tensor.type), np.float32), b[rows] @ a

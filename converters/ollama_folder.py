@@ -1,0 +1,110 @@
+"""A folder that `ollama create` takes: a Modelfile and what it names.
+
+Knows which Ollama takes what. Does not talk to a server.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from superego.adapter import Adapter, check_fit
+from superego.base import BaseModel, locate
+from superego.converters.gguf_copy import copy_gguf
+from superego.converters.merge import Plan, merge
+from superego.errors import SuperegoError
+from superego.modelfile import NAME, Modelfile
+from superego.ollama_server import Version, takes_adapters
+from superego.progress import Steps
+
+
+def source_of(base: str) -> str:
+    """What FROM says of an unchanged base: an Ollama model's name, else the file's full path."""
+    path = locate(base)
+    return base.removeprefix("ollama:") if base.startswith("ollama:") else str(path.resolve())
+
+
+def export_system(system: str, base: str, output: Path) -> dict[str, Any]:
+    """The base with the manifesto as its system message; raises SuperegoError."""
+    return _write(output, Modelfile(source_of(base), system=system), lambda folder: None, {})
+
+
+def export_adapter(
+    plan: Plan,
+    model: BaseModel,
+    base: str,
+    output: Path,
+    version: Version,
+    threads: int | None = None,
+    steps: Steps | None = None,
+) -> dict[str, Any]:
+    """The base with the adapter, or merged with it where this version takes no adapters."""
+    check_fit(plan.adapter, model.header)
+    report: dict[str, Any] = {}
+    if takes_adapters(version):
+
+        def make(folder: Path) -> None:
+            _scaled(plan.adapter, plan.scale, folder / "adapter.gguf")
+
+        recipe = Modelfile(source_of(base), adapter="./adapter.gguf")
+    else:
+
+        def make(folder: Path) -> None:
+            done = merge(plan, model, folder / "merged.gguf", threads, steps)
+            report.update({key: done[key] for key in ("bytes", "rounding error")})
+
+        recipe = Modelfile("./merged.gguf")
+    return _write(output, recipe, make, report)
+
+
+def _write(output: Path, recipe: Modelfile, make: Any, report: dict[str, Any]) -> dict[str, Any]:
+    """Make the folder beside its final name and move it there whole; raises SuperegoError."""
+    text = recipe.text()
+    parent = output.absolute().parent
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SuperegoError(
+            f"{output}: exists and is not an empty folder; give a new one, or remove it first"
+        )
+    if not parent.is_dir():
+        raise SuperegoError(f"{output}: folder {parent} does not exist; create it first")
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+        make(folder)
+        (folder / NAME).write_text(text, "utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+        folder = None
+    except OSError as error:
+        raise SuperegoError(
+            f"{output}: cannot be written: {error.strerror or error}; nothing was changed"
+        ) from None
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    files = sorted(p.name for p in output.iterdir())
+    return {"folder": str(output), "files": files, "Modelfile": text, **report}
+
+
+def _scaled(adapter: Adapter, scale: float, target: Path) -> None:
+    """The adapter with the scale in its alpha: an ADAPTER line has no place for one."""
+    keys = {}
+    if scale != 1.0:
+        ranks = {a.shape[0] for a, _ in adapter.pairs.values()}
+        if not adapter.alpha and len(ranks) > 1:
+            raise SuperegoError(
+                f"{adapter.path}: has no alpha and several ranks {sorted(ranks)}, so that no "
+                "alpha gives a scale; export it at scale 1"
+            )
+        alpha = scale * (adapter.alpha or float(ranks.pop()))
+        if not alpha:
+            raise SuperegoError("scale 0 is the base itself: there is nothing to export")
+        keys["adapter.lora.alpha"] = alpha
+    copy_gguf(adapter.header, target, keys, {}, lambda file, tensor, kind: None)
