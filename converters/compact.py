@@ -18,11 +18,11 @@ from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.cells import match, queries
 from superego.converters.references import BLOCKS, prepare, seeds, write_replies
+from superego.converters.shape import read_shape
 from superego.converters.streams import WRITES, Pack, Streams
 from superego.converters.transformer import (
     Base,
     probe_dtype,
-    read_shape,
     rotate,
 )
 from superego.errors import SuperegoError
@@ -74,6 +74,11 @@ def compact_session(
             f"'{manifesto.name}' of {len(prefix)} tokens"
         )
     base = Base(model.header, probe_dtype()[0], resident=True)
+    if not base.plain:
+        raise SuperegoError(
+            f"{model.path}: sessions of architecture '{base.shape.architecture}' cannot be "
+            "compacted; save a whole one, without --compact"
+        )
     conversations, _ = write_replies(
         llm,
         base,
@@ -91,7 +96,6 @@ def compact_session(
     generator = torch.Generator().manual_seed(0)
     body = slice(front, len(prefix) - common)
     shift = cells - len(prefix)  # every cell moves by as much as the conversation does
-    turn = base.rotation(torch.tensor([shift]))
     keys, values = [], []
     order: list[int] = []
     for index in range(base.shape.n_layer):
@@ -112,6 +116,7 @@ def compact_session(
             torch.cat([old[:, :front], fitted, old[:, body.stop :]], 1).transpose(0, 1)
             for old, fitted in ((key, fitted_key), (value, fitted_value))
         )  # (cells, n_head_kv, head_dim)
+        turn = base.rotation(torch.tensor([shift]), index, turn=True)
         new_key = rotate(new_key, *turn, base.shape)
         keys.append(_bytes(_pairs(base, new_key), shape.kv_type))
         values.append(_bytes(new_value, shape.kv_type))
@@ -140,13 +145,13 @@ def _rows(base: Base, rows: np.ndarray, kind: GGMLQuantizationType) -> torch.Ten
 
 def _halves(base: Base, key: torch.Tensor) -> torch.Tensor:
     """llama.cpp's rotated pairs -> half layout, where the architecture stores pairs."""
-    if base.shape.architecture != "llama":
+    if not base.shape.rope_pairs:
         return key
     return key.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _pairs(base: Base, key: torch.Tensor) -> torch.Tensor:
-    if base.shape.architecture != "llama":
+    if not base.shape.rope_pairs:
         return key
     return key.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from superego.converters.transformer import (
     KeyValue,
     Layer,
     Rows,
+    Write,
     attend,
     feed_forward,
     pairs_to_halves,
@@ -49,24 +51,28 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
     width = shape.n_head_kv * shape.head_dim
     queries = shape.n_head * shape.head_dim
     places = {
+        "attn_qkv": ("qkv", 0),
         "attn_q": ("qkv", 0),
         "attn_k": ("qkv", queries),
         "attn_v": ("qkv", queries + width),
         "ffn_gate": ("gate_up", 0),
         "ffn_up": ("gate_up", shape.d_ff),
     }
-    folded: dict[str, torch.Tensor] = {}
+    rotated = {"attn_q": queries, "attn_k": width, "attn_qkv": queries + width}
+    folded: dict[str, Any] = {}
     for matrix, (name, start) in places.items():
         change = changes.get((index, matrix))
         if change is None:
             continue
         delta = change.b.float() @ change.a.float()
-        if shape.architecture == "llama" and matrix in ("attn_q", "attn_k"):
-            delta = pairs_to_halves(delta, shape.head_dim)
+        if shape.rope_pairs and matrix in rotated:
+            turned = delta[: rotated[matrix]]
+            delta = torch.cat([pairs_to_halves(turned, shape.head_dim), delta[rotated[matrix] :]])
+        if len(delta) == 2 * shape.d_ff:  # a fused ffn_up holds the gate's rows first
+            start = 0
         if name not in folded:
             folded[name] = getattr(layer, name).to(torch.float32, copy=True)
-        whole = folded[name]
-        whole[start : start + len(delta)] += delta
+        folded[name][start : start + len(delta)] += delta
     return replace(layer, **{name: whole.to(base.dtype) for name, whole in folded.items()})
 
 
@@ -112,10 +118,11 @@ class Streams:
     def __init__(self, base: Base, pack: Pack) -> None:
         self.base = base
         self.pack = pack
-        self.rows = base.embedding[pack.tokens].float()
-        self.prefix = base.embedding[pack.prefix].float()
-        self._rotation = base.rotation(pack.rows.positions)
-        self._prefix_rotation = base.rotation(pack.prefix_rows.positions)
+        self.rows = base.embed(pack.tokens)
+        self.prefix = base.embed(pack.prefix)
+        self.rotations = base.rotations(pack.rows.positions)  # a layer
+        self.prefix_rotations = base.rotations(pack.prefix_rows.positions)
+        self._last: _Written | None = None
 
     def inputs(self, layer: Layer, write: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the matrix `write` reads now: for the rows (n, in) and the prefix (p, in)."""
@@ -126,23 +133,70 @@ class Streams:
             )
         base, eps = self.base, self.base.shape.rms_eps
         hidden = rms_norm(self.prefix, layer.attn_norm, eps, base.dtype)
-        query, key, value = project_qkv(base, layer, hidden, self._prefix_rotation)
-        prefix = attend(base, query, key, value, self.pack.prefix_rows, None)
+        query, key, value = project_qkv(base, layer, hidden, self.prefix_rotations[layer.index])
+        prefix = attend(base, layer, query, key, value, self.pack.prefix_rows, None)
         shared = KeyValue(key.transpose(0, 1), value.transpose(0, 1))
         hidden = rms_norm(self.rows, layer.attn_norm, eps, base.dtype)
-        query, key, value = project_qkv(base, layer, hidden, self._rotation)
-        return attend(base, query, key, value, self.pack.rows, shared), prefix
+        query, key, value = project_qkv(base, layer, hidden, self.rotations[layer.index])
+        return attend(base, layer, query, key, value, self.pack.rows, shared), prefix
 
-    def add(self, inputs: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor) -> None:
-        """Write `weight` (d_model, in) applied to the inputs onto the streams."""
-        self.rows += F.linear(inputs[0], weight)
-        self.prefix += F.linear(inputs[1], weight)
+    def add(self, inputs: tuple[torch.Tensor, torch.Tensor], write: Write) -> None:
+        """Write a matrix applied to the inputs onto the streams."""
+        products = [write.product(each) for each in inputs]
+        self.rows += write.finish(products[0])
+        self.prefix += write.finish(products[1])
+        # behind a norm a later change of the matrix is not simply added to what is there
+        self._last = _Written(write, products) if write.norm is not None else None
+        self._scale = write.scale
 
     def add_change(self, inputs: tuple[torch.Tensor, torch.Tensor], change: Change) -> None:
-        """Write a low-rank change applied to the inputs onto the streams."""
+        """Write a low-rank change of the matrix last added, applied to the same inputs."""
         a, b = change.a.to(self.base.dtype), change.b.to(self.base.dtype)
-        self.rows += F.linear(F.linear(inputs[0], a), b)
-        self.prefix += F.linear(F.linear(inputs[1], a), b)
+        for i, stream in enumerate((self.rows, self.prefix)):
+            added = F.linear(F.linear(inputs[i], a), b)
+            if self._last is None:
+                stream += added if self._scale == 1 else added.float() * self._scale
+                continue
+            write, products = self._last.write, self._last.products
+            before = write.finish(products[i])
+            products[i] = products[i] + added
+            stream += write.finish(products[i]) - before
+
+    def weigh(self, rows: torch.Tensor) -> torch.Tensor:
+        """Inputs (n + p, in) of the matrix last added as a fit in the stream should see them.
+
+        Behind a norm a change of the product y reaches the stream divided by y's length.
+        """
+        if self._last is None:
+            return rows
+        products = torch.cat(self._last.products).float()
+        eps = self._last.write.eps
+        return (rows.float() * torch.rsqrt(products.square().mean(1, True) + eps)).to(rows.dtype)
+
+
+@dataclass
+class _Written:
+    """A matrix behind whose products lies a norm, and these: of the rows, of the prefix."""
+
+    write: Write
+    products: list[torch.Tensor]
+
+
+def behind(write: Write, change: Change) -> Change:
+    """A change fitted in the stream (see `Streams.weigh`) as a change of the matrix itself.
+
+    The stream gets scale · g ⊙ y / rms(y). To first order a change Δy adds
+    scale · g ⊙ Δy / rms(y), less its part along y, which only lengthens y and is normed away;
+    y + rms(y) · r / (scale · g) is also exactly the direction whose norm is what r asks for.
+    So the fit maps inputs / rms(y) to r, and its outputs are divided by scale · g. Where g is
+    next to nothing the stream cannot be reached, and nothing is written.
+    """
+    b = change.b / write.scale
+    if write.norm is not None:
+        least = 1e-3 * write.norm.abs().median()
+        reached = write.norm.abs() > least
+        b = torch.where(reached, 1 / write.norm.where(reached, torch.ones(())), 0)[:, None] * b
+    return Change(change.a, b.contiguous())
 
 
 def predictions(base: Base, pack: Pack, changes: Changes | None = None) -> torch.Tensor:
