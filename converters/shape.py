@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from superego.architectures import ARCHITECTURES, Architecture
+from superego.architectures import ARCHITECTURES, Architecture, layer_windows
 from superego.errors import SuperegoError
 from superego.gguf_file import Header
 
@@ -162,7 +162,7 @@ def read_shape(header: Header) -> Shape:
             number("rope.scaling.yarn_beta_fast", 32.0),
             number("rope.scaling.yarn_beta_slow", 1.0),
         )
-    windows = _windows(data, known, n_layer)
+    windows = layer_windows(header)
     base = number("rope.freq_base", 10000.0)
     follows = known.window_rope_base is None  # windowed layers have the others' base and factor
     return Shape(
@@ -213,20 +213,6 @@ def _attention_scale(
 ) -> float:
     own = _granite(data, known, "attention.scale")
     return own or (wide if n_layer == known.wide_layers else head_dim) ** -0.5
-
-
-def _windows(data: _Metadata, known: Architecture, n_layer: int) -> tuple[int, ...]:
-    """Tokens that each layer sees; 0 is all."""
-    if known.window is None:
-        return (0,) * n_layer
-    window = int(data.number("attention.sliding_window", known.window))
-    pattern = data.get("attention.sliding_window_pattern")
-    if isinstance(pattern, list):  # a layer: whether it is windowed
-        if len(pattern) < n_layer:
-            raise SuperegoError(f"sliding window pattern has {len(pattern)} of {n_layer} layers")
-        return tuple(window if on else 0 for on in pattern[:n_layer])
-    every = int(data.number("attention.sliding_window_pattern", known.window_pattern))
-    return tuple(window if every == 0 or i % every < every - 1 else 0 for i in range(n_layer))
 
 
 def _ropes(data: _Metadata, known: Architecture, windows: tuple[int, ...]) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
         if shape.rope_pairs and matrix in rotated:
             turned = delta[: rotated[matrix]]
             delta = torch.cat([pairs_to_halves(turned, shape.head_dim), delta[rotated[matrix] :]])
-        if len(delta) == 2 * shape.d_ff:  # a fused ffn_up holds the gate's rows first
+        if name == "gate_up" and len(delta) == 2 * shape.d_ff:  # a fused ffn_up holds the gate's rows first
             start = 0
         if name not in folded:
             folded[name] = getattr(layer, name).to(torch.float32, copy=True)
@@ -123,6 +123,7 @@ class Streams:
         self.rotations = base.rotations(pack.rows.positions)  # a layer
         self.prefix_rotations = base.rotations(pack.prefix_rows.positions)
         self._last: _Written | None = None
+        self._scale = 1.0  # of the matrix last added
 
     def inputs(self, layer: Layer, write: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the matrix `write` reads now: for the rows (n, in) and the prefix (p, in)."""

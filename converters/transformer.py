@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from gguf import dequantize
 from gguf.quants import quant_shape_to_byte_shape
 
-from superego.architectures import ARCHITECTURES
 from superego.converters.shape import Shape, read_shape
 from superego.errors import SuperegoError
 from superego.gguf_file import Header
 
-SUPPORTED = tuple(ARCHITECTURES)
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)
 
 

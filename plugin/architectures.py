@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from superego.errors import SuperegoError
+from superego.gguf_file import Header
 
 _ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"})
 _DENSE = _ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"}
@@ -65,6 +66,32 @@ ARCHITECTURES = {
     "smollm3": Architecture(rope_pairs=True, nope_every=4),
     "granite": Architecture(rope_pairs=True, granite_scales=True),
 }
+
+
+def layer_windows(header: Header) -> tuple[int, ...]:
+    """Tokens that each layer of a known architecture sees, itself included; 0 is all.
+
+    Raises SuperegoError where the metadata does not say.
+    """
+    architecture = header.text("general.architecture")
+    known = ARCHITECTURES[architecture]
+    value = header.metadata.get
+    n_layer = value(f"{architecture}.block_count", 0)
+    window = value(f"{architecture}.attention.sliding_window", known.window)
+    pattern = value(f"{architecture}.attention.sliding_window_pattern", known.window_pattern)
+    if not isinstance(n_layer, int):
+        raise SuperegoError(f"{header.path}: {architecture}.block_count is {n_layer!r}")
+    if not known.window_pattern or not window:
+        return (0,) * n_layer
+    if not isinstance(window, int) or not isinstance(pattern, (int, list)):
+        raise SuperegoError(f"{header.path}: its sliding window is {window!r} of {pattern!r}")
+    if isinstance(pattern, list):  # a layer: whether it is windowed
+        if len(pattern) < n_layer:
+            raise SuperegoError(
+                f"{header.path}: sliding window pattern has {len(pattern)} of {n_layer} layers"
+            )
+        return tuple(window if on else 0 for on in pattern[:n_layer])
+    return tuple(window if pattern == 0 or i % pattern < pattern - 1 else 0 for i in range(n_layer))
 
 
 def check_adaptable(architecture: str, names: Iterable[str]) -> None:

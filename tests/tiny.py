@@ -97,6 +97,7 @@ class Tiny:
     post_norms: bool = False
     experts: int = 0
     embedding: float = 0.2  # standard deviation
+    output_norm: float = 1.0  # mean
     rope_dim: int = HEAD_DIM
     rope_factors: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)  # below the architecture's name
@@ -151,6 +152,8 @@ TINY = {
         ("<bos>", "<end_of_turn>", "<eos>", "<start_of_turn>"),
         space_prefix=False,
         post_norms=True,
+        embedding=0.05,  # before its scale of 16
+        output_norm=4.0,
         metadata={
             "attention.sliding_window": 24,
             "attn_logit_softcapping": 3.0,
@@ -166,6 +169,8 @@ TINY = {
         layers=6,
         qk_norms=True,
         post_norms=True,
+        embedding=0.05,  # before its scale of 16
+        output_norm=4.0,
         metadata={
             "attention.sliding_window": 24,
             "rope.freq_base": 1000000.0,
@@ -177,7 +182,7 @@ TINY = {
     "phi3": Tiny(
         "phi3",
         PHI3,
-        ("<s>", "<|end|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"),
+        ("<s>", "<|end|>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"),
         fused=True,
         tied=False,
         rope_dim=48,
@@ -203,6 +208,8 @@ TINY = {
         GRANITE,
         ("<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"),
         pre="refact",
+        embedding=0.03,  # before its scale of 12
+        output_norm=8.0,
         metadata={
             "attention.scale": 0.03,
             "residual_scale": 0.22,
@@ -222,10 +229,13 @@ _TYPES: dict[type, Callable[..., Any]] = {
 }
 
 
-def build(path: Path, tiny: Tiny, seed: int = 0) -> Path:
-    """Write the model in float32: what llama.cpp quantizes."""
+def build(path: Path, tiny: Tiny, seed: int = 0, per_part: int = 0) -> Path:
+    """Write the model in float32, which llama.cpp quantizes.
+
+    With `per_part` it is split into files of so many tensors each.
+    """
     rng = np.random.default_rng(seed)
-    writer = GGUFWriter(path, tiny.architecture)
+    writer = GGUFWriter(path, tiny.architecture, split_max_tensors=per_part)
     writer.add_type("model")
     writer.add_name(f"tiny {tiny.architecture}")
     d_ff = D_MODEL if tiny.experts else D_FF
@@ -240,7 +250,11 @@ def build(path: Path, tiny: Tiny, seed: int = 0) -> Path:
         "attention.value_length": HEAD_DIM,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": tiny.rope_dim,
-        **({"expert_count": tiny.experts, "expert_feed_forward_length": d_ff} if tiny.experts else {}),
+        **(
+            {"expert_count": tiny.experts, "expert_feed_forward_length": d_ff}
+            if tiny.experts
+            else {}
+        ),
         **tiny.metadata,
     }
     for key, value in metadata.items():
@@ -260,7 +274,7 @@ def build(path: Path, tiny: Tiny, seed: int = 0) -> Path:
     matrix("token_embd", n_vocab, D_MODEL, tiny.embedding * D_MODEL**0.5)
     if not tiny.tied:
         matrix("output", n_vocab, D_MODEL, 3.0)
-    vector("output_norm.weight", D_MODEL)
+    vector("output_norm.weight", D_MODEL, tiny.output_norm)
     for name in tiny.rope_factors:
         add(f"{name}.weight", 1 + 5 * rng.random(tiny.rope_dim // 2))
     widths = {"q": N_HEAD * HEAD_DIM, "k": N_HEAD_KV * HEAD_DIM, "v": N_HEAD_KV * HEAD_DIM}
@@ -270,19 +284,19 @@ def build(path: Path, tiny: Tiny, seed: int = 0) -> Path:
         vector(f"{layer}ffn_norm.weight", D_MODEL)
         # large queries and keys: attention looks at single tokens, so that what it sees matters
         if tiny.fused:
-            matrix(f"{layer}attn_qkv", sum(widths.values()), D_MODEL, 1.5)
+            matrix(f"{layer}attn_qkv", sum(widths.values()), D_MODEL, 1.3)
         else:
             for name, width in widths.items():
-                matrix(f"{layer}attn_{name}", width, D_MODEL, 1.0 if name == "v" else 1.7)
+                matrix(f"{layer}attn_{name}", width, D_MODEL, 1.0 if name == "v" else 1.4)
                 if tiny.biases:
                     vector(f"{layer}attn_{name}.bias", width, 0.0, 1.0)
         matrix(f"{layer}attn_output", D_MODEL, N_HEAD * HEAD_DIM)
         if tiny.qk_norms:
-            vector(f"{layer}attn_q_norm.weight", HEAD_DIM, 1.5)
-            vector(f"{layer}attn_k_norm.weight", HEAD_DIM, 1.5)
+            vector(f"{layer}attn_q_norm.weight", HEAD_DIM, 1.3)
+            vector(f"{layer}attn_k_norm.weight", HEAD_DIM, 1.3)
         if tiny.post_norms:
-            vector(f"{layer}post_attention_norm.weight", D_MODEL)
-            vector(f"{layer}post_ffw_norm.weight", D_MODEL)
+            vector(f"{layer}post_attention_norm.weight", D_MODEL, 1.0, 0.6)
+            vector(f"{layer}post_ffw_norm.weight", D_MODEL, 1.0, 0.6)
         if tiny.experts:
             matrix(f"{layer}ffn_gate_inp", tiny.experts, D_MODEL, 2.0)
             for name in ("gate", "up", "down"):
