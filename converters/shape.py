@@ -162,8 +162,23 @@ def read_shape(header: Header) -> Shape:
             number("rope.scaling.yarn_beta_fast", 32.0),
             number("rope.scaling.yarn_beta_slow", 1.0),
         )
+    rope_dim, n_head_kv = (
+        size("rope.dimension_count", head_dim),
+        size("attention.head_count_kv", n_head),
+    )
+    if rope_dim > head_dim or rope_dim % 2 or n_head % n_head_kv:
+        raise SuperegoError(
+            f"{header.path}: {n_head} heads, {n_head_kv} of keys, of {head_dim} values, {rope_dim} "
+            "of them rotated: these sizes do not fit together"
+        )
     windows = layer_windows(header)
     base = number("rope.freq_base", 10000.0)
+    logit_scale = number("logit_scale") if known.granite_scales else 1.0
+    if base <= 1 or factor <= 0 or not logit_scale:
+        raise SuperegoError(
+            f"{header.path}: rotary base {base:g}, rope scale {factor:g} and logit scale "
+            f"{logit_scale:g}: expected a base above 1 and scales that are not 0"
+        )
     follows = known.window_rope_base is None  # windowed layers have the others' base and factor
     return Shape(
         architecture=architecture,
@@ -171,9 +186,9 @@ def read_shape(header: Header) -> Shape:
         d_model=d_model,
         d_ff=size("expert_feed_forward_length" if n_expert else "feed_forward_length"),
         n_head=n_head,
-        n_head_kv=size("attention.head_count_kv", n_head),
+        n_head_kv=n_head_kv,
         head_dim=head_dim,
-        rope_dim=size("rope.dimension_count", head_dim),
+        rope_dim=rope_dim,
         rope_base=base,
         rope_base_windowed=number("rope.freq_base_swa", known.window_rope_base or base),
         rope_factor=factor,
@@ -192,7 +207,7 @@ def read_shape(header: Header) -> Shape:
         embedding_scale=_granite(data, known, "embedding_scale")
         or (d_model**0.5 if known.embedding_by_width else 1.0),
         residual_scale=_granite(data, known, "residual_scale") or 1.0,
-        logit_scale=1 / number("logit_scale") if known.granite_scales else 1.0,
+        logit_scale=1 / logit_scale,
         logit_cap=number("final_logit_softcapping", known.logit_cap)
         if known.embedding_by_width
         else 0.0,

@@ -68,7 +68,8 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
         if shape.rope_pairs and matrix in rotated:
             turned = delta[: rotated[matrix]]
             delta = torch.cat([pairs_to_halves(turned, shape.head_dim), delta[rotated[matrix] :]])
-        if name == "gate_up" and len(delta) == 2 * shape.d_ff:  # a fused ffn_up holds the gate's rows first
+        # a fused ffn_up holds the gate's rows first
+        if name == "gate_up" and len(delta) == 2 * shape.d_ff:
             start = 0
         if name not in folded:
             folded[name] = getattr(layer, name).to(torch.float32, copy=True)

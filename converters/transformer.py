@@ -187,8 +187,9 @@ class Base:
             )
             layer.gate_up_bias = self._joined(prefix, "ffn_gate_up", both, "bias")
             layer.ffn_down = self._write(prefix, "ffn_down", "post_ffw_norm")
-        if self.resident:
-            self._layers[index] = layer
+        if not self.resident:
+            self._layers.clear()  # the last one read stays: it is asked for again and again
+        self._layers[index] = layer
         return layer
 
     def _write(self, prefix: str, name: str, norm: str) -> Write:

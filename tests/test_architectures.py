@@ -32,7 +32,7 @@ from superego.converters.compact import compact_session
 from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.decode import greedy, prefill
 from superego.converters.references import prepare
-from superego.converters.shape import NONE
+from superego.converters.shape import NONE, read_shape
 from superego.converters.slot import Slot, write_cell
 from superego.converters.streams import (
     Change,
@@ -46,6 +46,7 @@ from superego.converters.streams import (
 from superego.converters.transformer import Base, Layer, project_qkv, rms_norm
 from superego.errors import SuperegoError
 from superego.evaluate import evaluate
+from superego.gguf_file import read_header
 from superego.logits import ParallelContext
 from superego.manifesto import Manifesto
 from superego.runtime import load
@@ -484,6 +485,33 @@ def test_the_table_in_the_docs_claims_what_is_shown(shown: Callable[[str], Shown
         assert all(float(theirs[i]) <= 2.6 * float(ours[i]) for i in (1, 2))
         assert abs(float(ours[4].split()[0]) - float(theirs[4].split()[0])) < 0.15
         assert ours[4].split()[1] == theirs[4].split()[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("llama", "expert_count", 8, "'llama' with 8 experts .* qwen3moe"),
+        ("qwen3moe", "expert_count", 0, "'qwen3moe' with 0 experts"),
+        ("llama", "rope.scaling.type", "su", "rope scaling 'su' is not supported"),
+        ("llama", "attention.value_length", 32, "keys and values of different widths"),
+        ("phi3", "rope.dimension_count", 96, "do not fit together"),
+        ("llama", "attention.head_count_kv", 3, "do not fit together"),
+        ("llama", "attention.head_count", [4, 4], r"head_count is missing or not one number"),
+        ("llama", "embedding_length", -5, "expected a positive size"),
+        ("llama", "rope.freq_base", 0.0, "expected a base above 1"),
+        ("granite", "logit_scale", 0.0, "scales that are not 0"),
+        ("granite", "residual_scale", float("nan"), "not one number"),
+        ("gemma3", "attention.sliding_window_pattern", [1, 0], "pattern has 2 of 6 layers"),
+        ("gemma2", "attention.sliding_window", "wide", "its sliding window is 'wide'"),
+    ],
+)
+def test_metadata_that_the_walk_cannot_follow_is_refused(
+    source: Callable[[str], Path], name: str, key: str, value: Any, said: str
+) -> None:
+    header = read_header(source(name))
+    changed = {**header.metadata, f"{TINY[name].architecture}.{key}": value}
+    with pytest.raises(SuperegoError, match=said):
+        read_shape(replace(header, metadata=changed))
 
 
 @pytest.mark.parametrize("name", NAMES)

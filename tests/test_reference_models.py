@@ -76,7 +76,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
-    "smollm3": ("SmolLM3", {"rope_theta": 5000000.0}),
+    "smollm3": ("SmolLM3", {"rope_theta": 5000000.0, "pad_token_id": 0}),
     "granite": (
         "Granite",
         {
