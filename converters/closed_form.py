@@ -111,7 +111,8 @@ def solve(
                     - student.prefix[own:],
                 ]
             )
-            wanted = torch.cat([teacher.rows - student.rows, lacking * scale])
+            reachable, lacking = student.reachable(teacher.rows - student.rows, lacking)
+            wanted = torch.cat([reachable, lacking * scale])
             if slot:  # noise in the mark's direction would be read as the mark
                 wanted -= torch.outer(wanted @ slot.direction, slot.direction)
             change = fit(

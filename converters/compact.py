@@ -18,7 +18,6 @@ from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.cells import match, queries
 from superego.converters.references import BLOCKS, prepare, seeds, write_replies
-from superego.converters.shape import read_shape
 from superego.converters.streams import WRITES, Pack, Streams
 from superego.converters.transformer import (
     Base,
@@ -58,26 +57,26 @@ def compact_session(
     started = time.perf_counter()
     torch.set_num_threads(llm.n_threads_batch)
     torch.set_grad_enabled(False)
-    read_shape(model.header)
+    base = Base(model.header, probe_dtype()[0], resident=True)
+    if not base.plain:
+        raise SuperegoError(
+            f"{model.path}: sessions of architecture '{base.shape.architecture}' cannot be "
+            "compacted; save a whole one, without --compact"
+        )
     prompts = prepare(llm, model, manifesto, seeds(0)[: BLOCKS[0]])
     prefix = prefix_of(llm, ChatTemplate(model.header), manifesto.body)
     if prefix != prompts.prefixes.teacher:
         raise SuperegoError("this chat template has no fixed text in front of a message")
     common = prompts.prefixes.common
     front = 1  # the attention sink
-    while prefix[front] == prompts.prefixes.student[front]:
+    student = prompts.prefixes.student
+    while front < len(student) and prefix[front] == student[front]:
         front += 1
     least = front + common + 1
     if not least <= cells < len(prefix):
         raise SuperegoError(
             f"--compact {cells}: expected {least} to {len(prefix) - 1} cells for manifesto "
             f"'{manifesto.name}' of {len(prefix)} tokens"
-        )
-    base = Base(model.header, probe_dtype()[0], resident=True)
-    if not base.plain:
-        raise SuperegoError(
-            f"{model.path}: sessions of architecture '{base.shape.architecture}' cannot be "
-            "compacted; save a whole one, without --compact"
         )
     conversations, _ = write_replies(
         llm,

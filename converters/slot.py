@@ -64,7 +64,7 @@ class Probe:
         self._streams = Streams(base, Pack(conversations[:_CONVERSATIONS], teacher))
         self._common = common
         self._front = 0
-        while teacher[self._front] == student[self._front]:
+        while self._front < len(student) and teacher[self._front] == student[self._front]:
             self._front += 1
         self._shift = torch.tensor([len(student) - len(teacher)])
         self._generator = torch.Generator().manual_seed(0)

@@ -28,6 +28,7 @@ from superego.converters.transformer import (
 
 # The matrices that write to the residual stream, in the order of a layer's arithmetic.
 WRITES = ("attn_output", "ffn_down")
+_STEPS = 6  # of Newton's method, for what is reachable behind a norm
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,15 @@ class Streams:
         eps = self._last.write.eps
         return (rows.float() * torch.rsqrt(products.square().mean(1, True) + eps)).to(rows.dtype)
 
+    def reachable(
+        self, rows: torch.Tensor, prefix: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what the streams lack, what the matrix last added can give them: see `_nearest`."""
+        if self._last is None:
+            return rows, prefix
+        write, products = self._last.write, self._last.products
+        return _nearest(write, products[0], rows), _nearest(write, products[1], prefix)
+
 
 @dataclass
 class _Written:
@@ -184,19 +194,36 @@ class _Written:
     products: list[torch.Tensor]
 
 
-def behind(write: Write, change: Change) -> Change:
-    """A change fitted in the stream (see `Streams.weigh`) as a change of the matrix itself.
+def _nearest(write: Write, products: torch.Tensor, lacking: torch.Tensor) -> torch.Tensor:
+    """The step (n, d_model) within reach of a write behind a norm that comes nearest to `lacking`.
 
-    The stream gets scale · g ⊙ y / rms(y). To first order a change Δy adds
-    scale · g ⊙ Δy / rms(y), less its part along y, which only lengthens y and is normed away;
-    y + rms(y) · r / (scale · g) is also exactly the direction whose norm is what r asks for.
-    So the fit maps inputs / rms(y) to r, and its outputs are divided by scale · g. Where g is
-    next to nothing the stream cannot be reached, and nothing is written.
+    The stream gets g ⊙ u with u = y / rms(y), so |u|² = d always: whatever y is, what is written
+    lies on an ellipsoid. With z the wanted point, the nearest u is g z / (g² + μ), where μ ≥ 0
+    is such that |u|² ≤ d. Without μ, coordinates of small g would ask for most of y's length
+    and take it from the others.
     """
+    assert write.norm is not None
+    d = products.shape[1]
+    y = products.float()
+    unit = y * torch.rsqrt(y.square().mean(1, True) + write.eps)
+    gain = write.norm * write.scale
+    square = gain.square()
+    wanted = gain * (gain * unit + lacking)
+    mu = torch.full((len(y), 1), 1e-4) * square.mean()
+    for _ in range(_STEPS):  # Newton's, on 1 / |u|, which is nearly straight in μ
+        shrunk = wanted / (square + mu)
+        length = shrunk.square().sum(1, True)
+        slope = (shrunk.square() / (square + mu)).sum(1, True)
+        mu = (mu + (length.sqrt() * length / d**0.5 - length) / slope).clamp(min=0)
+    shrunk = torch.where(square + mu > 0, wanted / (square + mu), unit)
+    return gain * (shrunk - unit)
+
+
+def behind(write: Write, change: Change) -> Change:
+    """A change fitted in the stream (inputs weighed, targets reachable) as one of the matrix."""
     b = change.b / write.scale
     if write.norm is not None:
-        least = 1e-3 * write.norm.abs().median()
-        reached = write.norm.abs() > least
+        reached = write.norm.abs() > 1e-6
         b = torch.where(reached, 1 / write.norm.where(reached, torch.ones(())), 0)[:, None] * b
     return Change(change.a, b.contiguous())
 
