@@ -118,7 +118,7 @@ class Shown:
     recovered: float
     adapted: list[str]
     slot: bool  # whether there can be one
-    session: bool
+    session: str
     compacted: bool
 
 
@@ -406,8 +406,8 @@ def _logits(llm: Any, tokens: list[int]) -> np.ndarray:
     return np.array(np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)))[None]
 
 
-def _replies_after_restoring(llm: Any, model: BaseModel, path: Path) -> bool:
-    """Whether a restored session replies as a read manifesto does, over two turns."""
+def _replies_after_restoring(llm: Any, model: BaseModel, path: Path) -> str:
+    """For how long a restored session replies as a read manifesto does, of two turns."""
     said = []
     save_session(llm, model, CALM, path)
     template = ChatTemplate(model.header)
@@ -417,8 +417,14 @@ def _replies_after_restoring(llm: Any, model: BaseModel, path: Path) -> bool:
         session = open_session(llm, model, path) if restore else None
         assert session is None or not session.note
         chat = Chat(llm, template, CALM.body, session)
-        said.append(["".join(chat.reply(message, 12)) for message in ("Hi", "Why is it late?")])
-    return said[0] == said[1]
+        said.append(["".join(chat.reply("Hi", 12))])
+        try:
+            said[-1].append("".join(chat.reply("Why is it late?", 12)))
+        except SuperegoError as error:
+            if "does not start with session" not in str(error):
+                raise
+    assert said[0][0] == said[1][0]
+    return "yes" if said[0] == said[1] else "first turn"
 
 
 def _compacts(llm: Any, model: BaseModel, base: Base, path: Path) -> bool:
@@ -441,7 +447,8 @@ def test_compile_and_llama_cpp_recover_kl(shown: Callable[[str], Shown], name: s
     assert set(found.adapted) <= ARCHITECTURES[TINY[name].architecture].adaptable
     assert "attn_output" in found.adapted
     assert ("ffn_down" in found.adapted) == (not TINY[name].experts)
-    assert found.session
+    # Mistral's template moves the system message to the last turn
+    assert found.session == ("first turn" if name == "mistral" else "yes")
 
 
 def test_windowed_layers_keep_only_their_window_in_a_session(
@@ -505,7 +512,7 @@ def row(name: str, facts: Shown) -> list[str]:
         f"{facts.recovered:.2f} ({tiny.whole})",
         ", ".join(facts.adapted),
         yes[facts.slot],
-        yes[facts.session],
+        facts.session,
         yes[facts.compacted],
     ]
 
