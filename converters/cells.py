@@ -44,9 +44,8 @@ def queries(
     """
     shape, pack, layer = base.shape, streams.pack, base.layer(index)
     hidden = rms_norm(streams.rows, layer.attn_norm, shape.rms_eps, base.dtype)
-    rotation = base.rotation(pack.rows.positions)
-    query, own_key, _ = project_qkv(base, layer, hidden, rotation)
-    query = query.float() * shape.head_dim**-0.5
+    query, own_key, _ = project_qkv(base, layer, hidden, streams.rotations[index])
+    query = query.float() * shape.attention_scale
     own_key = own_key.float()
     group = shape.n_head // shape.n_head_kv
     own = torch.empty(len(query), shape.n_head)

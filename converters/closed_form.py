@@ -20,6 +20,7 @@ from superego.converters.streams import (
     Conversation,
     Pack,
     Streams,
+    behind,
     changed_layer,
 )
 from superego.converters.transformer import Base
@@ -91,6 +92,8 @@ def solve(
             bare.add(own_inputs, matrix)
             inputs = student.inputs(changed, write)
             student.add(inputs, matrix)
+            if matrix.weight is None:  # experts: no matrix of theirs is adapted
+                continue
             rows, prefix = inputs
             mark = changes.get((index, write))
             if slot and mark:
@@ -108,15 +111,17 @@ def solve(
                     - student.prefix[own:],
                 ]
             )
-            wanted = torch.cat([teacher.rows - student.rows, lacking * scale])
+            reachable, lacking = student.reachable(teacher.rows - student.rows, lacking)
+            wanted = torch.cat([reachable, lacking * scale])
             if slot:  # noise in the mark's direction would be read as the mark
                 wanted -= torch.outer(wanted @ slot.direction, slot.direction)
             change = fit(
-                torch.cat([rows, (prefix.float() * scale).to(rows.dtype)]),
+                student.weigh(torch.cat([rows, (prefix.float() * scale).to(rows.dtype)])),
                 wanted.to(rows.dtype),
                 rank,
                 ridges[write],
             )
+            change = behind(matrix, change)
             student.add_change(inputs, change)
             changes[index, write] = _both(mark, change) if mark else change
         progress(index + 1, base.shape.n_layer)

@@ -22,7 +22,6 @@ from superego.converters.streams import WRITES, Pack, Streams
 from superego.converters.transformer import (
     Base,
     probe_dtype,
-    read_shape,
     rotate,
 )
 from superego.errors import SuperegoError
@@ -58,14 +57,20 @@ def compact_session(
     started = time.perf_counter()
     torch.set_num_threads(llm.n_threads_batch)
     torch.set_grad_enabled(False)
-    read_shape(model.header)
+    base = Base(model.header, probe_dtype()[0], resident=True)
+    if not base.plain:
+        raise SuperegoError(
+            f"{model.path}: sessions of architecture '{base.shape.architecture}' cannot be "
+            "compacted; save a whole one, without --compact"
+        )
     prompts = prepare(llm, model, manifesto, seeds(0)[: BLOCKS[0]])
     prefix = prefix_of(llm, ChatTemplate(model.header), manifesto.body)
     if prefix != prompts.prefixes.teacher:
         raise SuperegoError("this chat template has no fixed text in front of a message")
     common = prompts.prefixes.common
     front = 1  # the attention sink
-    while prefix[front] == prompts.prefixes.student[front]:
+    student = prompts.prefixes.student
+    while front < len(student) and prefix[front] == student[front]:
         front += 1
     least = front + common + 1
     if not least <= cells < len(prefix):
@@ -73,7 +78,6 @@ def compact_session(
             f"--compact {cells}: expected {least} to {len(prefix) - 1} cells for manifesto "
             f"'{manifesto.name}' of {len(prefix)} tokens"
         )
-    base = Base(model.header, probe_dtype()[0], resident=True)
     conversations, _ = write_replies(
         llm,
         base,
@@ -91,7 +95,6 @@ def compact_session(
     generator = torch.Generator().manual_seed(0)
     body = slice(front, len(prefix) - common)
     shift = cells - len(prefix)  # every cell moves by as much as the conversation does
-    turn = base.rotation(torch.tensor([shift]))
     keys, values = [], []
     order: list[int] = []
     for index in range(base.shape.n_layer):
@@ -112,6 +115,7 @@ def compact_session(
             torch.cat([old[:, :front], fitted, old[:, body.stop :]], 1).transpose(0, 1)
             for old, fitted in ((key, fitted_key), (value, fitted_value))
         )  # (cells, n_head_kv, head_dim)
+        turn = base.rotation(torch.tensor([shift]), index, turn=True)
         new_key = rotate(new_key, *turn, base.shape)
         keys.append(_bytes(_pairs(base, new_key), shape.kv_type))
         values.append(_bytes(new_value, shape.kv_type))
@@ -140,13 +144,13 @@ def _rows(base: Base, rows: np.ndarray, kind: GGMLQuantizationType) -> torch.Ten
 
 def _halves(base: Base, key: torch.Tensor) -> torch.Tensor:
     """llama.cpp's rotated pairs -> half layout, where the architecture stores pairs."""
-    if base.shape.architecture != "llama":
+    if not base.shape.rope_pairs:
         return key
     return key.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _pairs(base: Base, key: torch.Tensor) -> torch.Tensor:
-    if base.shape.architecture != "llama":
+    if not base.shape.rope_pairs:
         return key
     return key.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 

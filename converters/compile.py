@@ -32,8 +32,9 @@ from superego.converters.references import (
     seeds,
     write_replies,
 )
+from superego.converters.shape import read_shape
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
-from superego.converters.transformer import Base, probe_dtype, read_shape
+from superego.converters.transformer import Base, probe_dtype
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.progress import Steps
@@ -188,8 +189,9 @@ def fit_operations(base: Base, rows: int) -> float:
     shape = base.shape
     heads = shape.n_head * shape.head_dim
     layer = shape.d_model * shape.head_dim * 2 * (shape.n_head + shape.n_head_kv)
-    layer += 3 * shape.d_model * shape.d_ff
-    gram = sum(width * (width + shape.d_model) for width in (heads, shape.d_ff))
+    layer += 3 * shape.d_model * shape.d_ff * max(1, shape.n_expert_used)
+    adapted = (heads,) if shape.n_expert else (heads, shape.d_ff)
+    gram = sum(width * (width + shape.d_model) for width in adapted)
     return 2.0 * rows * shape.n_layer * (2 * layer + gram)
 
 
@@ -209,7 +211,8 @@ def plan(
     write = 2.0 * shape.n_weights * rows / (rate * 1e9 * 0.25)
     fit = 6.0 * shape.n_weights * rows / (rate * 1e9 * 0.4)
     width = 2 if dtype == torch.bfloat16 else 4
-    per_pair = shape.n_head * shape.head_dim + shape.d_ff + 2 * shape.d_model
+    per_pair = shape.n_head * shape.head_dim + shape.d_model
+    per_pair += 0 if shape.n_expert else shape.d_ff + shape.d_model
     return {
         "manifesto": manifesto.name,
         "manifesto tokens": len(prompts.prefixes.teacher),

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from superego.converters.transformer import (
     Base,
     KeyValue,
     Rows,
     attend,
+    capped,
     feed_forward,
     project_qkv,
     rms_norm,
@@ -25,16 +25,16 @@ from superego.converters.transformer import (
 def prefill(base: Base, tokens: list[int]) -> list[KeyValue]:
     """Each layer's keys and values of a prefix of tokens."""
     rows = Rows([len(tokens)], 0)
-    stream = base.embedding[torch.tensor(tokens)].float()
-    rotation = base.rotation(rows.positions)
+    stream = base.embed(torch.tensor(tokens))
+    rotations = base.rotations(rows.positions)
     cache = []
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
         hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
-        query, key, value = project_qkv(base, layer, hidden, rotation)
+        query, key, value = project_qkv(base, layer, hidden, rotations[index])
         cache.append(KeyValue(key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()))
-        stream += F.linear(attend(base, query, key, value, rows, None), layer.attn_output)
-        stream += F.linear(feed_forward(base, layer, stream), layer.ffn_down)
+        stream += layer.attn_output(attend(base, layer, query, key, value, rows, None))
+        stream += layer.ffn_down(feed_forward(base, layer, stream))
     return cache
 
 
@@ -57,21 +57,36 @@ def _first_tokens(
 ) -> torch.Tensor:
     """Reads the prompts into the cache; the argmax token after each of them, (batch,)."""
     rows = Rows([len(p) for p in prompts], prefix[0].key.shape[1])
-    stream = base.embedding[torch.tensor([t for p in prompts for t in p])].float()
-    rotation = base.rotation(rows.positions)
+    stream = base.embed(torch.tensor([t for p in prompts for t in p]))
+    rotations = base.rotations(rows.positions)
     sequence = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(rows.lengths))
     within = rows.positions - rows.prefix_length
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
         hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
-        query, key, value = project_qkv(base, layer, hidden, rotation)
+        query, key, value = project_qkv(base, layer, hidden, rotations[index])
         cache.keys[index][sequence, :, within] = key
         cache.values[index][sequence, :, within] = value
-        attended = attend(base, query, key, value, rows, prefix[index])
-        stream += F.linear(attended, layer.attn_output)
-        stream += F.linear(feed_forward(base, layer, stream), layer.ffn_down)
+        stream += layer.attn_output(attend(base, layer, query, key, value, rows, prefix[index]))
+        stream += layer.ffn_down(feed_forward(base, layer, stream))
     last = torch.tensor(rows.lengths).cumsum(0) - 1
     return base.logits(stream[last]).argmax(-1)
+
+
+def _hidden(
+    position: torch.Tensor, prefix_length: int, capacity: int, window: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What a new token at `position` (batch,) cannot see: 0, and -inf where hidden.
+
+    Of the prefix (batch, prefix_length), None where all of it is seen, and of the sequence's
+    own cells (batch, capacity), those ahead of it included.
+    """
+    columns = torch.arange(prefix_length + capacity)
+    unseen = columns > position[:, None]
+    if window:  # a token sees itself and the window - 1 before it
+        unseen |= columns <= position[:, None] - window
+    hide = torch.zeros(unseen.shape).masked_fill(unseen, float("-inf"))
+    return (hide[:, :prefix_length] if window else None), hide[:, prefix_length:]
 
 
 def _attend_step(
@@ -80,22 +95,25 @@ def _attend_step(
     key: torch.Tensor,
     value: torch.Tensor,
     prefix: KeyValue,
-    hide: torch.Tensor,
+    hide: tuple[torch.Tensor | None, torch.Tensor],
 ) -> torch.Tensor:
     """One new token a sequence: query (batch, n_head, head_dim) over prefix and own cache.
 
-    key, value: (batch, n_head_kv, width, head_dim); hide: (batch, width), -inf where unread.
+    key, value: (batch, n_head_kv, width, head_dim); hide: see `_hidden`.
     """
     shape = base.shape
     batch, group = query.shape[0], shape.n_head // shape.n_head_kv
-    q = (query * shape.head_dim**-0.5).view(batch, shape.n_head_kv, group, shape.head_dim)
+    q = (query * shape.attention_scale).view(batch, shape.n_head_kv, group, shape.head_dim)
     by_head = q.transpose(0, 1).reshape(shape.n_head_kv, batch * group, shape.head_dim)
     to_prefix = torch.bmm(by_head, prefix.key.transpose(1, 2))  # (n_head_kv, batch·group, P)
     p = prefix.key.shape[1]
     to_prefix = to_prefix.view(shape.n_head_kv, batch, group, p).transpose(0, 1)
     to_own = torch.matmul(q, key.transpose(2, 3))  # (batch, n_head_kv, group, width)
-    to_own = to_own.float() + hide[:, None, None]
-    weights = torch.cat([to_prefix.float(), to_own], dim=-1).softmax(-1).to(base.dtype)
+    to_own = capped(to_own.float(), shape.attention_cap) + hide[1][:, None, None]
+    to_prefix = capped(to_prefix.float(), shape.attention_cap)
+    if hide[0] is not None:
+        to_prefix = to_prefix + hide[0][:, None, None]
+    weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1).to(base.dtype)
     from_own = torch.matmul(weights[..., p:], value)
     w = weights[..., :p].transpose(0, 1).reshape(shape.n_head_kv, batch * group, p)
     from_prefix = torch.bmm(w, prefix.value).view(shape.n_head_kv, batch, group, shape.head_dim)
@@ -122,7 +140,6 @@ def greedy(
     alive = torch.arange(len(prompts))
     length = torch.tensor([len(p) for p in prompts])  # cells used by each living sequence
     prefix_length = prefix[0].key.shape[1]
-    columns = torch.arange(capacity)
     for step in range(max(limits)):
         for i, t in zip(alive.tolist(), token.tolist(), strict=True):
             replies[i].append(t)
@@ -136,15 +153,16 @@ def greedy(
             alive, token, length = alive[rows], token[rows], length[rows]
         batch = torch.arange(len(alive))
         # The whole capacity is attended to, hidden where unread: slices would be copied.
-        hide = torch.zeros(len(alive), len(columns)).masked_fill(
-            columns > length[:, None], float("-inf")
-        )
-        stream = base.embedding[token].float()
-        rotation = base.rotation(length + prefix_length)
+        hide = {
+            window: _hidden(length + prefix_length, prefix_length, capacity, window)
+            for window in set(base.shape.windows)
+        }
+        stream = base.embed(token)
+        rotations = base.rotations(length + prefix_length)
         for index in range(base.shape.n_layer):
             layer = base.layer(index)
             hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
-            query, key, value = project_qkv(base, layer, hidden, rotation)
+            query, key, value = project_qkv(base, layer, hidden, rotations[index])
             cache.keys[index][batch, :, length] = key
             cache.values[index][batch, :, length] = value
             attended = _attend_step(
@@ -153,10 +171,10 @@ def greedy(
                 cache.keys[index],
                 cache.values[index],
                 prefix[index],
-                hide,
+                hide[base.shape.windows[index]],
             )
-            stream += F.linear(attended, layer.attn_output)
-            stream += F.linear(feed_forward(base, layer, stream), layer.ffn_down)
+            stream += layer.attn_output(attended)
+            stream += layer.ffn_down(feed_forward(base, layer, stream))
         token = base.logits(stream).argmax(-1)
         length = length + 1
     return replies

@@ -64,9 +64,9 @@ class Probe:
         self._streams = Streams(base, Pack(conversations[:_CONVERSATIONS], teacher))
         self._common = common
         self._front = 0
-        while teacher[self._front] == student[self._front]:
+        while self._front < len(student) and teacher[self._front] == student[self._front]:
             self._front += 1
-        self._shift = base.rotation(torch.tensor([len(student) - len(teacher)]))
+        self._shift = torch.tensor([len(student) - len(teacher)])
         self._generator = torch.Generator().manual_seed(0)
 
     def cell(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +77,7 @@ class Probe:
         base, streams = self._base, self._streams
         layer = base.layer(index)
         hidden = rms_norm(streams.prefix, layer.attn_norm, base.shape.rms_eps, base.dtype)
-        rotation = base.rotation(streams.pack.prefix_rows.positions)
-        _, key, value = project_qkv(base, layer, hidden, rotation)
+        _, key, value = project_qkv(base, layer, hidden, streams.prefix_rotations[index])
         keys, values = key.float().transpose(0, 1), value.float().transpose(0, 1)
         query, outside = queries(
             base, streams, index, keys, self._front, self._common, self._generator
@@ -89,7 +88,8 @@ class Probe:
             for h in range(base.shape.n_head_kv)
         ]
         fitted = torch.cat([c.key for c in found])  # (n_head_kv, head_dim)
-        turned = rotate(fitted[None], *self._shift, base.shape)[0]
+        shift = base.rotation(self._shift, index, turn=True)
+        turned = rotate(fitted[None], *shift, base.shape)[0]
         return turned, torch.cat([c.value for c in found])
 
     def advance(self, index: int) -> None:
@@ -110,7 +110,7 @@ def find_slot(
     normed, so that a cell's attention mass cannot be written into them.
     """
     shape = base.shape
-    if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None:
+    if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None or not base.plain:
         return None
     streams = Streams(base, Pack(conversations[:_CONVERSATIONS], student))
     generator = torch.Generator().manual_seed(0)
@@ -138,18 +138,22 @@ def find_slot(
         return None
     index, position, detector = found
     layer = base.layer(index)
-    weight = layer.ffn_down.float().square().sum(0)
+    written = layer.ffn_down.weight
+    assert written is not None  # a plain base has no experts
+    weight = written.float().square().sum(0)
     neuron = int((hidden.square().mean(0) * weight).argmin())
     # where the streams' inverse covariance is largest they vary least
     direction = torch.linalg.eigh(inverse).eigenvectors[:, -1]
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
     one = F.one_hot(torch.tensor(neuron), shape.d_ff).float()
     gate, up = layer.gate_up.float()[neuron], layer.gate_up.float()[shape.d_ff + neuron]
-    down = layer.ffn_down.float()[:, neuron]
+    down = written.float()[:, neuron]
     changes = {
         (index, "ffn_gate"): Change((_GATE * detector - gate)[None], one[:, None]),
         (index, "ffn_up"): Change((_UP * detector - up)[None], one[:, None]),
-        (index, "ffn_down"): Change(one[None], (_MARK / peak * direction - down)[:, None]),
+        (index, "ffn_down"): Change(
+            one[None], (_MARK / peak / shape.residual_scale * direction - down)[:, None]
+        ),
     }
     return Slot(position, index, neuron, direction, changes)
 
@@ -179,10 +183,10 @@ def write_cell(
         now = now + layer.qkv_bias.float()
     width = shape.n_head_kv * shape.head_dim
     _, key, value = now.split([len(now) - 2 * width, width, width])
-    back = base.rotation(torch.tensor([-slot.position]))
+    back = base.rotation(torch.tensor([-slot.position]), layer.index)
     wanted = rotate(cell[0][None], *back, shape)[0].flatten()
     by_key = (wanted - key)[:, None]
-    if shape.architecture == "llama":
+    if shape.rope_pairs:
         by_key = halves_to_pairs(by_key, shape.head_dim)
     return {
         "attn_k": Change(detector[None], by_key),

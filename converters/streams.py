@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from superego.converters.transformer import (
     KeyValue,
     Layer,
     Rows,
+    Write,
     attend,
     feed_forward,
     pairs_to_halves,
@@ -26,6 +28,7 @@ from superego.converters.transformer import (
 
 # The matrices that write to the residual stream, in the order of a layer's arithmetic.
 WRITES = ("attn_output", "ffn_down")
+_STEPS = 6  # of Newton's method, for what is reachable behind a norm
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,29 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
     width = shape.n_head_kv * shape.head_dim
     queries = shape.n_head * shape.head_dim
     places = {
+        "attn_qkv": ("qkv", 0),
         "attn_q": ("qkv", 0),
         "attn_k": ("qkv", queries),
         "attn_v": ("qkv", queries + width),
         "ffn_gate": ("gate_up", 0),
         "ffn_up": ("gate_up", shape.d_ff),
     }
-    folded: dict[str, torch.Tensor] = {}
+    rotated = {"attn_q": queries, "attn_k": width, "attn_qkv": queries + width}
+    folded: dict[str, Any] = {}
     for matrix, (name, start) in places.items():
         change = changes.get((index, matrix))
         if change is None:
             continue
         delta = change.b.float() @ change.a.float()
-        if shape.architecture == "llama" and matrix in ("attn_q", "attn_k"):
-            delta = pairs_to_halves(delta, shape.head_dim)
+        if shape.rope_pairs and matrix in rotated:
+            turned = delta[: rotated[matrix]]
+            delta = torch.cat([pairs_to_halves(turned, shape.head_dim), delta[rotated[matrix] :]])
+        # a fused ffn_up holds the gate's rows first
+        if name == "gate_up" and len(delta) == 2 * shape.d_ff:
+            start = 0
         if name not in folded:
             folded[name] = getattr(layer, name).to(torch.float32, copy=True)
-        whole = folded[name]
-        whole[start : start + len(delta)] += delta
+        folded[name][start : start + len(delta)] += delta
     return replace(layer, **{name: whole.to(base.dtype) for name, whole in folded.items()})
 
 
@@ -112,10 +120,12 @@ class Streams:
     def __init__(self, base: Base, pack: Pack) -> None:
         self.base = base
         self.pack = pack
-        self.rows = base.embedding[pack.tokens].float()
-        self.prefix = base.embedding[pack.prefix].float()
-        self._rotation = base.rotation(pack.rows.positions)
-        self._prefix_rotation = base.rotation(pack.prefix_rows.positions)
+        self.rows = base.embed(pack.tokens)
+        self.prefix = base.embed(pack.prefix)
+        self.rotations = base.rotations(pack.rows.positions)  # a layer
+        self.prefix_rotations = base.rotations(pack.prefix_rows.positions)
+        self._last: _Written | None = None
+        self._scale = 1.0  # of the matrix last added
 
     def inputs(self, layer: Layer, write: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the matrix `write` reads now: for the rows (n, in) and the prefix (p, in)."""
@@ -126,23 +136,96 @@ class Streams:
             )
         base, eps = self.base, self.base.shape.rms_eps
         hidden = rms_norm(self.prefix, layer.attn_norm, eps, base.dtype)
-        query, key, value = project_qkv(base, layer, hidden, self._prefix_rotation)
-        prefix = attend(base, query, key, value, self.pack.prefix_rows, None)
+        query, key, value = project_qkv(base, layer, hidden, self.prefix_rotations[layer.index])
+        prefix = attend(base, layer, query, key, value, self.pack.prefix_rows, None)
         shared = KeyValue(key.transpose(0, 1), value.transpose(0, 1))
         hidden = rms_norm(self.rows, layer.attn_norm, eps, base.dtype)
-        query, key, value = project_qkv(base, layer, hidden, self._rotation)
-        return attend(base, query, key, value, self.pack.rows, shared), prefix
+        query, key, value = project_qkv(base, layer, hidden, self.rotations[layer.index])
+        return attend(base, layer, query, key, value, self.pack.rows, shared), prefix
 
-    def add(self, inputs: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor) -> None:
-        """Write `weight` (d_model, in) applied to the inputs onto the streams."""
-        self.rows += F.linear(inputs[0], weight)
-        self.prefix += F.linear(inputs[1], weight)
+    def add(self, inputs: tuple[torch.Tensor, torch.Tensor], write: Write) -> None:
+        """Write a matrix applied to the inputs onto the streams."""
+        products = [write.product(each) for each in inputs]
+        self.rows += write.finish(products[0])
+        self.prefix += write.finish(products[1])
+        # behind a norm a later change of the matrix is not simply added to what is there
+        self._last = _Written(write, products) if write.norm is not None else None
+        self._scale = write.scale
 
     def add_change(self, inputs: tuple[torch.Tensor, torch.Tensor], change: Change) -> None:
-        """Write a low-rank change applied to the inputs onto the streams."""
+        """Write a low-rank change of the matrix last added, applied to the same inputs."""
         a, b = change.a.to(self.base.dtype), change.b.to(self.base.dtype)
-        self.rows += F.linear(F.linear(inputs[0], a), b)
-        self.prefix += F.linear(F.linear(inputs[1], a), b)
+        for i, stream in enumerate((self.rows, self.prefix)):
+            added = F.linear(F.linear(inputs[i], a), b)
+            if self._last is None:
+                stream += added if self._scale == 1 else added.float() * self._scale
+                continue
+            write, products = self._last.write, self._last.products
+            before = write.finish(products[i])
+            products[i] = products[i] + added
+            stream += write.finish(products[i]) - before
+
+    def weigh(self, rows: torch.Tensor) -> torch.Tensor:
+        """Inputs (n + p, in) of the matrix last added as a fit in the stream should see them.
+
+        Behind a norm a change of the product y reaches the stream divided by y's length.
+        """
+        if self._last is None:
+            return rows
+        products = torch.cat(self._last.products).float()
+        eps = self._last.write.eps
+        return (rows.float() * torch.rsqrt(products.square().mean(1, True) + eps)).to(rows.dtype)
+
+    def reachable(
+        self, rows: torch.Tensor, prefix: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what the streams lack, what the matrix last added can give them: see `_nearest`."""
+        if self._last is None:
+            return rows, prefix
+        write, products = self._last.write, self._last.products
+        return _nearest(write, products[0], rows), _nearest(write, products[1], prefix)
+
+
+@dataclass
+class _Written:
+    """A matrix behind whose products lies a norm, and these: of the rows, of the prefix."""
+
+    write: Write
+    products: list[torch.Tensor]
+
+
+def _nearest(write: Write, products: torch.Tensor, lacking: torch.Tensor) -> torch.Tensor:
+    """The step (n, d_model) within reach of a write behind a norm that comes nearest to `lacking`.
+
+    The stream gets g ⊙ u with u = y / rms(y), so |u|² = d always: whatever y is, what is written
+    lies on an ellipsoid. With z the wanted point, the nearest u is g z / (g² + μ), where μ ≥ 0
+    is such that |u|² ≤ d. Without μ, coordinates of small g would ask for most of y's length
+    and take it from the others.
+    """
+    assert write.norm is not None
+    d = products.shape[1]
+    y = products.float()
+    unit = y * torch.rsqrt(y.square().mean(1, True) + write.eps)
+    gain = write.norm * write.scale
+    square = gain.square()
+    wanted = gain * (gain * unit + lacking)
+    mu = torch.full((len(y), 1), 1e-4) * square.mean()
+    for _ in range(_STEPS):  # Newton's, on 1 / |u|, which is nearly straight in μ
+        shrunk = wanted / (square + mu)
+        length = shrunk.square().sum(1, True)
+        slope = (shrunk.square() / (square + mu)).sum(1, True)
+        mu = (mu + (length.sqrt() * length / d**0.5 - length) / slope).clamp(min=0)
+    shrunk = torch.where(square + mu > 0, wanted / (square + mu), unit)
+    return gain * (shrunk - unit)
+
+
+def behind(write: Write, change: Change) -> Change:
+    """A change fitted in the stream (inputs weighed, targets reachable) as one of the matrix."""
+    b = change.b / write.scale
+    if write.norm is not None:
+        reached = write.norm.abs() > 1e-6
+        b = torch.where(reached, 1 / write.norm.where(reached, torch.ones(())), 0)[:, None] * b
+    return Change(change.a, b.contiguous())
 
 
 def predictions(base: Base, pack: Pack, changes: Changes | None = None) -> torch.Tensor:

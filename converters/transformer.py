@@ -1,13 +1,14 @@
 """The base model's forward pass in torch, one layer at a time, weights read from the GGUF.
 
-Knows the arithmetic of Llama-shaped decoders and how GGUF lays their weights out.
-Does not know about manifestos, references or adapters.
+Knows the arithmetic of decoders (see superego.architectures for which) and how GGUF lays their
+weights out. Does not know about manifestos, references or adapters.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,52 +16,54 @@ import torch.nn.functional as F
 from gguf import dequantize
 from gguf.quants import quant_shape_to_byte_shape
 
+from superego.converters.shape import Shape, read_shape
 from superego.errors import SuperegoError
 from superego.gguf_file import Header
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes and constants of a decoder, from the GGUF metadata."""
+@dataclass
+class Write:
+    """A matrix that writes to the residual stream, with what lies between it and the stream."""
 
-    architecture: str
-    n_layer: int
-    d_model: int
-    d_ff: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    rope_dim: int
-    rope_base: float
-    rope_factor: float
-    rms_eps: float
-    n_vocab: int
-    context_length: int
+    weight: torch.Tensor | None  # (d_model, in); None: what is written comes ready (experts)
+    bias: torch.Tensor | None = None  # (d_model,)
+    norm: torch.Tensor | None = None  # (d_model,), of an RMS norm behind the matrix
+    eps: float = 0.0  # of that norm
+    scale: float = 1.0
 
-    @property
-    def n_weights(self) -> int:
-        """Weights of the layers and the embedding."""
-        attention = self.d_model * self.head_dim * 2 * (self.n_head + self.n_head_kv)
-        return (
-            self.n_layer * (attention + 3 * self.d_model * self.d_ff) + self.n_vocab * self.d_model
-        )
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, in) -> (n, d_model), before norm and scale."""
+        return inputs if self.weight is None else F.linear(inputs, self.weight, self.bias)
+
+    def finish(self, product: torch.Tensor) -> torch.Tensor:
+        """What a product adds to the stream."""
+        if self.norm is not None:
+            product = rms_norm(product.float(), self.norm, self.eps, torch.float32)
+        return product if self.scale == 1 else product.float() * self.scale
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.product(inputs))
 
 
 @dataclass
 class Layer:
     """One layer's weights; matrices in the compute type, (out, in)."""
 
+    index: int
     attn_norm: torch.Tensor  # (d_model,)
     qkv: torch.Tensor  # (head_dim · (n_head + 2 n_head_kv), d_model), Q and K rows in half layout
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None  # (head_dim,)
     k_norm: torch.Tensor | None
-    attn_output: torch.Tensor  # (d_model, n_head · head_dim)
+    attn_output: Write  # (d_model, n_head · head_dim)
     ffn_norm: torch.Tensor  # (d_model,)
-    gate_up: torch.Tensor  # (2 d_ff, d_model)
-    ffn_down: torch.Tensor  # (d_model, d_ff)
+    gate_up: torch.Tensor  # (2 d_ff, d_model); with experts (n_expert, 2 d_ff, d_model)
+    gate_up_bias: torch.Tensor | None
+    ffn_down: Write  # (d_model, d_ff)
+    router: torch.Tensor | None = None  # (n_expert, d_model)
+    down_experts: torch.Tensor | None = None  # (n_expert, d_model, d_ff)
 
 
 class Base:
@@ -71,34 +74,78 @@ class Base:
         self.dtype = dtype
         self.resident = resident
         self._tensors = header.tensors
-        self._bytes = np.memmap(header.path, np.uint8, mode="r")
+        files = [part.path for part in header.parts] or [header.path]
+        self._bytes: dict[Path, np.ndarray] = {p: np.memmap(p, np.uint8, mode="r") for p in files}
         self.shape = read_shape(header)
         self._layers: dict[int, Layer] = {}
         self.embedding = self._matrix("token_embd.weight")  # (n_vocab, d_model)
         tied = "output.weight" not in self._tensors
         self.output = self.embedding if tied else self._matrix("output.weight")
+        self.output_bias = self._optional("output.bias")
         self.output_norm = self._vector("output_norm.weight")
-        shape = self.shape
-        frequencies = shape.rope_base ** (
-            -torch.arange(0, shape.rope_dim, 2, dtype=torch.float32) / shape.rope_dim
+        factors = next(
+            # of the two sets of longrope, llama.cpp takes the short one up to the original context
+            (n for n in ("rope_freqs.weight", "rope_factors_short.weight") if n in self._tensors),
+            None,
         )
-        if "rope_freqs.weight" in self._tensors:
-            frequencies = frequencies / self._vector("rope_freqs.weight")
-        self.rope_frequencies = frequencies / shape.rope_factor  # (rope_dim / 2,)
+        self._frequencies = self.shape.frequencies(self._vector(factors) if factors else None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether attention is over everything, uncapped, from matrices of their own: what the
+        slot and compaction, which rewrite single keys and values, are made for."""
+        shape = self.shape
+        return not (
+            shape.attention_cap
+            or any(shape.windows)
+            or shape.n_expert
+            or "blk.0.attn_q.weight" not in self._tensors
+            or "blk.0.ffn_gate.weight" not in self._tensors
+        )
 
     def _array(self, name: str) -> np.ndarray:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise SuperegoError(f"{self.path}: tensor {name} is missing")
-        raw = self._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
+        raw = self._bytes[tensor.path][tensor.offset : tensor.offset + tensor.n_bytes]
         rows = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
-        return dequantize(rows, tensor.type)
+        found = dequantize(rows, tensor.type)
+        # torch takes only arrays that may be written to; what is float32 in the file may not
+        return np.require(found, requirements=["C", "W"])
 
     def _matrix(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self._array(name))).to(self.dtype)
+        return torch.from_numpy(self._array(name)).to(self.dtype)
 
     def _vector(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._array(name), dtype=np.float32))
+        return torch.from_numpy(self._array(name).astype(np.float32))
+
+    def _optional(self, name: str) -> torch.Tensor | None:
+        return self._vector(name) if name in self._tensors else None
+
+    def _joined(
+        self, prefix: str, whole: str, parts: dict[str, int], kind: str
+    ) -> torch.Tensor | None:
+        """One matrix or vector of several, however the file stores it: `parts` gives its rows.
+
+        Those of attn_q and attn_k come in half layout. None where the file has none of them.
+        """
+        if f"{prefix}{whole}.{kind}" in self._tensors:
+            rows = torch.from_numpy(self._array(f"{prefix}{whole}.{kind}"))
+            found = list(rows.split(list(parts.values())))
+        elif any(f"{prefix}{name}.{kind}" in self._tensors for name in parts):
+            found = [torch.from_numpy(self._array(f"{prefix}{name}.{kind}")) for name in parts]
+        else:
+            return None
+        if self.shape.rope_pairs:
+            # llama.cpp rotates adjacent pairs for this architecture; the half layout is
+            # the same rotation after one fixed permutation of rows, and Q·K is unchanged.
+            found = [
+                pairs_to_halves(rows.view(len(rows), -1), self.shape.head_dim).view_as(rows)
+                if name in ("attn_q", "attn_k")
+                else rows
+                for name, rows in zip(parts, found, strict=True)
+            ]
+        return torch.cat(found).to(self.dtype)
 
     def layer(self, index: int) -> Layer:
         """Layer `index`'s weights, dequantized now unless they are kept resident."""
@@ -106,56 +153,95 @@ class Base:
             return self._layers[index]
         prefix = f"blk.{index}."
         shape = self.shape
-        rows = {
-            name: torch.from_numpy(self._array(f"{prefix}attn_{name}.weight"))
-            for name in ("q", "k", "v")
-        }
-        biases = None
-        if prefix + "attn_q.bias" in self._tensors:
-            biases = {name: self._vector(f"{prefix}attn_{name}.bias") for name in ("q", "k", "v")}
-        if shape.architecture == "llama":
-            # llama.cpp rotates adjacent pairs for this architecture; the half layout is
-            # the same rotation after one fixed permutation of rows, and Q·K is unchanged.
-            for name in ("q", "k"):
-                rows[name] = pairs_to_halves(rows[name], shape.head_dim)
-                if biases:
-                    biases[name] = pairs_to_halves(biases[name][:, None], shape.head_dim)[:, 0]
+        heads = {"attn_q": shape.n_head, "attn_k": shape.n_head_kv, "attn_v": shape.n_head_kv}
+        widths = {name: n * shape.head_dim for name, n in heads.items()}
+        qkv = self._joined(prefix, "attn_qkv", widths, "weight")
+        if qkv is None:
+            raise SuperegoError(f"{self.path}: tensor {prefix}attn_q.weight is missing")
+        both = {"ffn_gate": shape.d_ff, "ffn_up": shape.d_ff}
         layer = Layer(
+            index=index,
             attn_norm=self._vector(prefix + "attn_norm.weight"),
-            qkv=torch.cat([rows["q"], rows["k"], rows["v"]]).to(self.dtype),
-            qkv_bias=torch.cat([biases["q"], biases["k"], biases["v"]]).to(self.dtype)
-            if biases
-            else None,
-            q_norm=self._vector(prefix + "attn_q_norm.weight")
-            if prefix + "attn_q_norm.weight" in self._tensors
-            else None,
-            k_norm=self._vector(prefix + "attn_k_norm.weight")
-            if prefix + "attn_k_norm.weight" in self._tensors
-            else None,
-            attn_output=self._matrix(prefix + "attn_output.weight"),
+            qkv=qkv,
+            qkv_bias=self._joined(prefix, "attn_qkv", widths, "bias"),
+            q_norm=self._optional(prefix + "attn_q_norm.weight"),
+            k_norm=self._optional(prefix + "attn_k_norm.weight"),
+            attn_output=self._write(prefix, "attn_output", "post_attention_norm"),
             ffn_norm=self._vector(prefix + "ffn_norm.weight"),
-            gate_up=torch.cat(
-                [self._matrix(prefix + "ffn_gate.weight"), self._matrix(prefix + "ffn_up.weight")]
-            ),
-            ffn_down=self._matrix(prefix + "ffn_down.weight"),
+            gate_up=torch.empty(0),
+            gate_up_bias=None,
+            ffn_down=Write(None, scale=shape.residual_scale),
         )
-        if self.resident:
-            self._layers[index] = layer
+        if shape.n_expert:
+            layer.router = self._vector(prefix + "ffn_gate_inp.weight")
+            layer.gate_up = torch.cat(
+                [self._matrix(f"{prefix}ffn_{name}_exps.weight") for name in ("gate", "up")], dim=1
+            )
+            layer.down_experts = self._matrix(prefix + "ffn_down_exps.weight")
+        else:
+            fused = prefix + "ffn_gate.weight" not in self._tensors  # gate rows, then up rows
+            layer.gate_up = (
+                self._matrix(prefix + "ffn_up.weight")
+                if fused
+                else torch.cat([self._matrix(f"{prefix}{name}.weight") for name in both])
+            )
+            layer.gate_up_bias = self._joined(prefix, "ffn_gate_up", both, "bias")
+            layer.ffn_down = self._write(prefix, "ffn_down", "post_ffw_norm")
+        if not self.resident:
+            self._layers.clear()  # the last one read stays: it is asked for again and again
+        self._layers[index] = layer
         return layer
 
-    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for `positions` (n,), each (n, rope_dim / 2)."""
-        angles = positions.to(torch.float32)[:, None] * self.rope_frequencies
-        return angles.cos(), angles.sin()
+    def _write(self, prefix: str, name: str, norm: str) -> Write:
+        bias = self._optional(f"{prefix}{name}.bias")
+        return Write(
+            weight=self._matrix(f"{prefix}{name}.weight"),
+            bias=None if bias is None else bias.to(self.dtype),
+            norm=self._optional(f"{prefix}{norm}.weight"),
+            eps=self.shape.rms_eps,
+            scale=self.shape.residual_scale,
+        )
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n,) tokens -> (n, d_model) float32, the stream before the first layer."""
+        stream = self.embedding[tokens].float()
+        scale = self.shape.embedding_scale
+        return stream if scale == 1 else stream.mul_(scale)
+
+    def rotation(self, positions: torch.Tensor, index: int, turn: bool = False) -> Rotation:
+        """Layer `index`'s cosines and sines for `positions` (n,), each (n, rope_dim / 2).
+
+        With `turn`, those that move what is rotated already.
+        """
+        angles = positions.to(torch.float32)[:, None] * self._frequencies[self.shape.ropes[index]]
+        if turn or self.shape.rope_magnitude == 1:
+            return angles.cos(), angles.sin()
+        return angles.cos() * self.shape.rope_magnitude, angles.sin() * self.shape.rope_magnitude
+
+    def rotations(self, positions: torch.Tensor) -> list[Rotation]:
+        """`rotation` of every layer; layers with the same frequencies share theirs."""
+        ropes = self.shape.ropes
+        made = {rope: self.rotation(positions, ropes.index(rope)) for rope in set(ropes)}
+        return [made[rope] for rope in ropes]
 
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """(n, d_model) residual stream -> (n, n_vocab) logits in the compute type."""
         hidden = rms_norm(stream, self.output_norm, self.shape.rms_eps, self.dtype)
-        return F.linear(hidden, self.output)
+        logits = F.linear(hidden, self.output)
+        if self.output_bias is not None:
+            logits = logits + self.output_bias
+        if self.shape.logit_scale != 1:
+            logits = logits * self.shape.logit_scale
+        return capped(logits, self.shape.logit_cap)
+
+
+def capped(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    """Scores bent to stay within ± cap; 0 leaves them as they are."""
+    return (scores / cap).tanh() * cap if cap else scores
 
 
 def pairs_to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows (n, width) of Q or K as the GGUF of a `llama` has them -> half layout."""
+    """Rows (n, width) of Q or K as GGUF has those of `rope_pairs` -> half layout."""
     n, width = rows.shape
     return rows.view(n // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(n, width)
 
@@ -164,47 +250,6 @@ def halves_to_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """The inverse of `pairs_to_halves`."""
     n, width = rows.shape
     return rows.view(n // head_dim, 2, head_dim // 2, width).transpose(1, 2).reshape(n, width)
-
-
-def read_shape(header: Header) -> Shape:
-    """Sizes from the metadata; raises SuperegoError for what the walk cannot do."""
-    value = header.metadata.get
-    architecture = str(value("general.architecture"))
-    if architecture not in SUPPORTED:
-        raise SuperegoError(
-            f"{header.path}: base of architecture '{architecture}' is not supported by compile; "
-            f"supported: {', '.join(SUPPORTED)}"
-        )
-    scaling = value(f"{architecture}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise SuperegoError(f"rope scaling '{scaling}' is not supported by compile")
-
-    def number(key: str, default: float | None = None) -> float:
-        found = value(f"{architecture}.{key}", default)
-        if not isinstance(found, (int, float)):
-            raise SuperegoError(f"metadata key {architecture}.{key} is missing or not one number")
-        return found
-
-    d_model, n_head = int(number("embedding_length")), int(number("attention.head_count"))
-    head_dim = int(number("attention.key_length", d_model // n_head))
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise SuperegoError("tensor token_embd.weight is missing")
-    return Shape(
-        architecture=architecture,
-        n_layer=int(number("block_count")),
-        d_model=d_model,
-        d_ff=int(number("feed_forward_length")),
-        n_head=n_head,
-        n_head_kv=int(number("attention.head_count_kv", n_head)),
-        head_dim=head_dim,
-        rope_dim=int(number("rope.dimension_count", head_dim)),
-        rope_base=number("rope.freq_base", 10000.0),
-        rope_factor=number("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0,
-        rms_eps=number("attention.layer_norm_rms_epsilon"),
-        n_vocab=embedding.shape[0],
-        context_length=int(number("context_length")),
-    )
 
 
 def probe_dtype() -> tuple[torch.dtype, float]:
@@ -279,7 +324,7 @@ class KeyValue:
 
 
 def project_qkv(
-    base: Base, layer: Layer, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+    base: Base, layer: Layer, hidden: torch.Tensor, rotation: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(n, d_model) -> Q (n, n_head, head_dim), K and V (n, n_head_kv, head_dim), rotated."""
     shape = base.shape
@@ -306,6 +351,7 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, shape: Sha
 
 def attend(
     base: Base,
+    layer: Layer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -313,25 +359,66 @@ def attend(
     prefix: KeyValue | None,
 ) -> torch.Tensor:
     """Causal attention of packed rows over the prefix and themselves -> (n, n_head·head_dim)."""
-    out = []
+    shape, out = base.shape, []
+    window = shape.windows[layer.index]
     for start, stop, gather, scatter in rows.chunks:
         batch, width = gather.shape
         q = query[start:stop][gather].transpose(1, 2)  # (batch, n_head, width, head_dim)
         k = key[start:stop][gather].transpose(1, 2)  # (batch, n_head_kv, width, head_dim)
         v = value[start:stop][gather].transpose(1, 2)
-        mask = torch.ones(width, width, dtype=torch.bool).tril()
         if prefix is not None:
             k = torch.cat([prefix.key.expand(batch, -1, -1, -1), k], dim=2)
             v = torch.cat([prefix.value.expand(batch, -1, -1, -1), v], dim=2)
-            seen = torch.ones(width, prefix.key.shape[1], dtype=torch.bool)
-            mask = torch.cat([seen, mask], dim=1)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        ahead = k.shape[2] - width
+        mask = torch.ones(width, ahead + width, dtype=torch.bool).tril(ahead)
+        if window:  # a token sees itself and the window - 1 before it
+            mask = mask.triu(ahead - window + 1)
+        if shape.attention_cap:
+            a = _capped_attention(q, k, v, mask, shape)
+        else:
+            a = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=shape.attention_scale, enable_gqa=True
+            )
         out.append(a.transpose(1, 2).reshape(batch * width, -1)[scatter])
     return torch.cat(out)
 
 
+def _capped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, shape: Shape
+) -> torch.Tensor:
+    """As scaled_dot_product_attention with enable_gqa, with the scores' soft cap."""
+    group = shape.n_head // shape.n_head_kv
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = capped((q @ k.transpose(2, 3)).float() * shape.attention_scale, shape.attention_cap)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
 def feed_forward(base: Base, layer: Layer, stream: torch.Tensor) -> torch.Tensor:
-    """(n, d_model) residual stream -> (n, d_ff) inputs of ffn_down."""
+    """(n, d_model) residual stream -> (n, d_ff) inputs of ffn_down.
+
+    Of a layer with experts their weighted outputs, (n, d_model).
+    """
     hidden = rms_norm(stream, layer.ffn_norm, base.shape.rms_eps, base.dtype)
-    gate, up = F.linear(hidden, layer.gate_up).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    if layer.router is not None and layer.down_experts is not None:
+        return _experts(base, layer, hidden, layer.router, layer.down_experts)
+    return gated(base, F.linear(hidden, layer.gate_up, layer.gate_up_bias))
+
+
+def gated(base: Base, gate_up: torch.Tensor) -> torch.Tensor:
+    """(n, 2 d_ff) products of gate and up -> (n, d_ff)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") if base.shape.gelu else F.silu(gate)).mul_(up)
+
+
+def _experts(
+    base: Base, layer: Layer, hidden: torch.Tensor, router: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Each row through the experts that the router gives it most for, weighted by their shares."""
+    shares, chosen = F.linear(hidden.float(), router).softmax(-1).topk(base.shape.n_expert_used)
+    shares = shares / shares.sum(-1, keepdim=True)
+    out = torch.zeros(hidden.shape)
+    for expert in chosen.unique().tolist():
+        row, place = (chosen == expert).nonzero(as_tuple=True)
+        inner = gated(base, F.linear(hidden[row], layer.gate_up[expert]))
+        out[row] += F.linear(inner, down[expert]) * shares[row, place, None]
+    return out

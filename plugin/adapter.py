@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from superego.architectures import check_adaptable
 from superego.atomic import replacing
 from superego.base import BaseModel
 from superego.errors import SuperegoError
@@ -64,8 +65,10 @@ def write_adapter(
 
     alpha is the largest rank. llama.cpp multiplies each pair by alpha / its own rank, so the
     B of a pair of a smaller rank is stored divided by that: every pair acts as given.
-    `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32).
+    `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32). Tensors
+    whose LoRA llama.cpp would load and not apply are refused.
     """
+    check_adaptable(architecture, pairs)
     alpha = max(a.shape[0] for a, _ in pairs.values())
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)

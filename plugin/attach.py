@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from superego.adapter import Adapter, check_fit, read_adapter
 from superego.base import BaseModel, open_base
 from superego.errors import SuperegoError
-from superego.gguf_file import Header, read_header
+from superego.gguf_file import Header
 from superego.session import Session, open_session
+from superego.split import read_model
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -81,7 +82,7 @@ class _Model:
         self._llm = weakref.ref(llm)
         self.attachments: list[Attachment] = []  # those with an adapter
         self.holder: Attachment | None = None  # the one whose session is in the cache
-        self.header: Header = read_header(Path(llm.model_path))
+        self.header: Header = read_model(Path(llm.model_path))
         self._base: BaseModel | None = None
 
     def base(self) -> BaseModel:

@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 
 from superego.errors import SuperegoError
-from superego.gguf_file import Header, read_header
+from superego.gguf_file import Header
+from superego.split import named_links, read_model
 
 _SAMPLES = 64  # windows read over the file for its fingerprint
 _WINDOW = 16 * 1024  # bytes each
@@ -67,8 +68,11 @@ def fingerprint(header: Header) -> str:
 
     Reads 1 MiB at most beside the table, so a 5 GB file takes milliseconds. The windows
     tell apart files of one shape whose weights differ; a file that differs from another
-    in a few bytes between windows would pass for it.
+    in a few bytes between windows would pass for it. Of a split model, the SHA-256 over its
+    parts' fingerprints.
     """
+    if header.parts:
+        return hashlib.sha256("".join(map(fingerprint, header.parts)).encode()).hexdigest()
     digest = hashlib.sha256(f"{header.size}".encode())
     with header.path.open("rb") as file:
         remaining = header.table_bytes
@@ -95,7 +99,7 @@ def locate(base: str) -> Path:
 def open_base(base: str) -> BaseModel:
     """Locate a base model and check that it is one; raises SuperegoError."""
     path = locate(base)
-    header = read_header(path)
+    header = read_model(path)
     kind = header.text("general.type", "model")
     if kind == "adapter":
         raise SuperegoError(
@@ -112,14 +116,10 @@ def open_base(base: str) -> BaseModel:
         raise SuperegoError(
             f"{path}: '{architecture}' is an embedding model: it writes no text; give a chat model"
         )
-    if int(header.metadata.get("split.count", 0) or 0) > 1:
-        raise SuperegoError(
-            f"{path}: a split GGUF ({header.metadata['split.count']} parts); join it first: "
-            "llama-gguf-split --merge FIRST-PART OUT.gguf"
-        )
     if "token_embd.weight" not in header.tensors:
         raise SuperegoError(f"{path}: has no token_embd.weight: not a language model")
-    return BaseModel(path.resolve(), header)
+    # llama.cpp finds the parts of a split model by the first one's name: a link stays a link
+    return BaseModel(header.path.absolute() if header.parts else path.resolve(), header)
 
 
 def _in_demo_package() -> Path:
@@ -176,9 +176,13 @@ def _in_ollama(name: str) -> Path:
             else "its manifest has no model layer"
         )
         raise SuperegoError(f"ollama:{name}: {reason}")
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digests[0]):
-        raise SuperegoError(f"{manifest}: digest {digests[0]!r} is not sha256:<64 hex digits>")
-    blob = store / "blobs" / digests[0].replace(":", "-")
-    if not blob.is_file():
-        raise SuperegoError(f"ollama:{name}: blob {blob} is missing; run 'ollama pull {name}'")
-    return blob
+    blobs = []
+    for digest in digests:
+        if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+            raise SuperegoError(f"{manifest}: digest {digest!r} is not sha256:<64 hex digits>")
+        blobs.append(store / "blobs" / digest.replace(":", "-"))
+        if not blobs[-1].is_file():
+            raise SuperegoError(
+                f"ollama:{name}: blob {blobs[-1]} is missing; run 'ollama pull {name}'"
+            )
+    return blobs[0] if len(blobs) == 1 else named_links(blobs, parts[-1])

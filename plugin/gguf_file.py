@@ -43,6 +43,7 @@ class TensorInfo:
     type: GGMLQuantizationType
     offset: int  # bytes from the start of the file
     n_bytes: int
+    path: Path  # of the file that holds it: split models have several
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Header:
     tensors: dict[str, TensorInfo]
     size: int  # bytes of the file
     table_bytes: int  # bytes up to the end of the tensor table
+    parts: tuple[Header, ...] = ()  # each file's own, where the model is split over several
 
     def text(self, key: str, default: str = "") -> str:
         """A string value, or the default where the key is absent or not a string."""
@@ -179,7 +181,7 @@ def _parse(reader: _Reader) -> Header:
             )
         if name in tensors:
             raise SuperegoError(f"{path}: GGUF is damaged: two tensors named '{name}'")
-        tensors[name] = TensorInfo(name, shape, kind, data + offset, n_bytes)
+        tensors[name] = TensorInfo(name, shape, kind, data + offset, n_bytes, path)
     return Header(path, metadata, tensors, reader.size, table_bytes)
 
 

@@ -44,6 +44,7 @@ class ParallelContext:
         import llama_cpp as c
 
         self._c = c
+        self._llm = llm  # whose model would be freed with it
         self._n_vocab = llm.n_vocab()
         self._prefix = list(prefix) if state is None else state.tokens
         self._state = state

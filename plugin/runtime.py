@@ -63,6 +63,7 @@ def load(
             n_gpu_layers=gpu_layers,
             vocab_only=vocab_only,
             flash_attn=True,
+            swa_full=True,  # windowed layers keep all cells: llama-cpp-python goes back in them
             type_k=int(KV_TYPES[kv_type]),
             type_v=int(KV_TYPES[kv_type]),
             seed=seed,

@@ -1,7 +1,7 @@
 """llama.cpp's sequence-state file (`ggsq`), read and checked in Python before C++ sees it.
 
-Knows the bytes of version 3 for a plain key-value cache in one stream. Does not know what
-the cells mean or which manifesto they came from.
+Knows the bytes of version 3 for key-value caches in one stream: one cache, or two where some
+layers see a window only. Does not know what the cells mean or which manifesto they came from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from superego.architectures import ARCHITECTURES, layer_windows
 from superego.errors import SuperegoError
 from superego.gguf_file import Header
 
@@ -26,31 +27,47 @@ _OTHER_CACHES = (
     "ssm.state_size",
     "wkv.head_size",
 )
-_PLAIN = ("llama", "qwen2", "qwen3")  # plain whatever else their metadata says
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One of a model's caches: its layers, and how many tokens back it is kept (0: all)."""
+
+    layers: tuple[int, ...]
+    window: int
+
+    def cells(self, n: int) -> int:
+        """Cells of a text of n tokens that a state holds."""
+        return min(n, self.window) if self.window else n
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Bytes of one cell's keys and values in every layer."""
+    """Bytes of one cell's keys and values in every layer, and the caches they are in."""
 
     kv_type: GGMLQuantizationType
     key_bytes: tuple[int, ...]  # one a layer
     value_bytes: tuple[int, ...]
     n_vocab: int
+    caches: tuple[Cache, ...]
 
     @property
     def cell_bytes(self) -> int:
-        """Bytes a cell takes in the file, its place included."""
-        return 12 + sum(self.key_bytes) + sum(self.value_bytes)
+        """Bytes a token takes in the file, its places included, while windows are not full."""
+        return 12 * len(self.caches) + sum(self.key_bytes) + sum(self.value_bytes)
 
-    def file_bytes(self, n_tokens: int, n_cells: int) -> int:
-        """The exact size of a file of so many tokens and cells."""
-        return 12 + 4 * n_tokens + 16 + 24 * len(self.key_bytes) + n_cells * self.cell_bytes
+    def file_bytes(self, n_tokens: int) -> int:
+        """The exact size of a file of so many tokens."""
+        size = 12 + 4 * n_tokens
+        for cache in self.caches:
+            row = sum(self.key_bytes[i] + self.value_bytes[i] for i in cache.layers)
+            size += 16 + 24 * len(cache.layers) + cache.cells(n_tokens) * (12 + row)
+        return size
 
 
 @dataclass(frozen=True)
 class State:
-    """A state file's contents: cell i holds position i of the text."""
+    """A state file's contents: the last cell of a layer holds the text's last position."""
 
     tokens: list[int]
     keys: list[np.ndarray]  # a layer: (cells, bytes of a key row) uint8
@@ -63,7 +80,7 @@ def layout(header: Header, kv_type: str) -> Layout:
     architecture = header.text("general.architecture")
     value = header.metadata.get
     odd = [key for key in _OTHER_CACHES if value(f"{architecture}.{key}")]
-    if odd and architecture not in _PLAIN:
+    if odd and architecture not in ARCHITECTURES:
         raise SuperegoError(
             f"{header.path}: sessions need a plain key-value cache; '{architecture}' with "
             f"{odd[0]} keeps another kind of state"
@@ -97,7 +114,19 @@ def layout(header: Header, kv_type: str) -> Layout:
         tuple(row(h * key) for h in heads),
         tuple(row(h * val) for h in heads),
         n_vocab,
+        _caches(header, n_layer),
     )
+
+
+def _caches(header: Header, n_layer: int) -> tuple[Cache, ...]:
+    """llama.cpp keeps the layers that see everything in one cache, windowed ones in another."""
+    known = header.text("general.architecture") in ARCHITECTURES
+    windows = layer_windows(header) if known else (0,) * n_layer
+    everything = tuple(i for i, window in enumerate(windows) if not window)
+    windowed = tuple(i for i, window in enumerate(windows) if window)
+    if not windowed:
+        return (Cache(everything, 0),)
+    return (Cache(everything, 0), Cache(windowed, max(windows)))
 
 
 def parse(data: bytes, expected: Layout, path: Path, max_cells: int) -> State:
@@ -114,41 +143,52 @@ def parse(data: bytes, expected: Layout, path: Path, max_cells: int) -> State:
     need("state version", version, VERSION)
     if not 0 < n_tokens <= max_cells:
         raise SuperegoError(f"{path}: holds {n_tokens} tokens, expected 1 to {max_cells}")
-    need("size in bytes", len(data), expected.file_bytes(n_tokens, n_tokens))
+    need("size in bytes", len(data), expected.file_bytes(n_tokens))
     tokens = np.frombuffer(data, "<i4", n_tokens, 12)
     if tokens.min() < 0 or tokens.max() >= expected.n_vocab:
         raise SuperegoError(f"{path}: holds tokens outside the vocabulary of {expected.n_vocab}")
     at = body = 12 + 4 * n_tokens
-    streams, cells = struct.unpack_from("<II", data, at)
-    need("number of streams", streams, 1)
-    need("number of cells", cells, n_tokens)
-    places = np.frombuffer(data, "<i4", 3 * cells, at + 8).reshape(cells, 3)
-    if (places != np.stack([np.arange(cells), np.ones(cells), np.zeros(cells)], 1)).any():
-        raise SuperegoError(f"{path}: its cells are not positions 0 to {cells - 1} of sequence 0")
-    at += 8 + 12 * cells
-    transposed, n_layer = struct.unpack_from("<II", data, at)
-    need("value transposition", transposed, 0)
-    need("number of layers", n_layer, len(expected.key_bytes))
-    at += 8
-    rows: dict[str, list[np.ndarray]] = {"key": [], "value": []}
-    for what, sizes in (("key", expected.key_bytes), ("value", expected.value_bytes)):
-        for index, size in enumerate(sizes):
-            kind, width = struct.unpack_from("<iQ", data, at)
-            need(f"{what} type of layer {index}", kind, int(expected.kv_type))
-            need(f"{what} row size of layer {index}", width, size)
-            found = np.frombuffer(data, np.uint8, cells * size, at + 12).reshape(cells, size)
-            half = expected.kv_type == GGMLQuantizationType.F16
-            if half and not np.isfinite(found.view("<f2")).all():
-                raise SuperegoError(f"{path}: {what}s of layer {index} are not all finite")
-            rows[what].append(found)
-            at += 12 + cells * size
-    return State(tokens.tolist(), rows["key"], rows["value"], data[body:])
+    found: dict[str, dict[int, np.ndarray]] = {"key": {}, "value": {}}
+    for cache in expected.caches:
+        streams, cells = struct.unpack_from("<II", data, at)
+        need("number of streams", streams, 1)
+        need("number of cells", cells, cache.cells(n_tokens))
+        places = np.frombuffer(data, "<i4", 3 * cells, at + 8).reshape(cells, 3)
+        positions = np.arange(n_tokens - cells, n_tokens)
+        if (places != np.stack([positions, np.ones(cells), np.zeros(cells)], 1)).any():
+            raise SuperegoError(
+                f"{path}: its cells are not positions {n_tokens - cells} to {n_tokens - 1} of "
+                "sequence 0"
+            )
+        at += 8 + 12 * cells
+        transposed, n_layer = struct.unpack_from("<II", data, at)
+        need("value transposition", transposed, 0)
+        need("number of layers", n_layer, len(cache.layers))
+        at += 8
+        for what, sizes in (("key", expected.key_bytes), ("value", expected.value_bytes)):
+            for index in cache.layers:
+                size = sizes[index]
+                kind, width = struct.unpack_from("<iQ", data, at)
+                need(f"{what} type of layer {index}", kind, int(expected.kv_type))
+                need(f"{what} row size of layer {index}", width, size)
+                rows = np.frombuffer(data, np.uint8, cells * size, at + 12).reshape(cells, size)
+                half = expected.kv_type == GGMLQuantizationType.F16
+                if half and not np.isfinite(rows.view("<f2")).all():
+                    raise SuperegoError(f"{path}: {what}s of layer {index} are not all finite")
+                found[what][index] = rows
+                at += 12 + cells * size
+    keys, values = ([rows for _, rows in sorted(found[what].items())] for what in found)
+    return State(tokens.tolist(), keys, values, data[body:])
 
 
 def build(
     tokens: list[int], keys: list[np.ndarray], values: list[np.ndarray], shape: Layout
 ) -> bytes:
-    """The bytes of a state file; keys, values: one (cells, row bytes) uint8 array a layer."""
+    """The bytes of a state file; keys, values: one (cells, row bytes) uint8 array a layer.
+
+    Of models with one cache only.
+    """
+    assert len(shape.caches) == 1
     n = len(tokens)
     places = np.stack([np.arange(n), np.ones(n), np.zeros(n)], 1).astype("<i4")
     parts = [

@@ -110,7 +110,7 @@ def test_what_is_no_base_is_refused(tmp_path: Path, smollm2: BaseModel) -> None:
         (cut, "truncated"),
         (short, "truncated"),
         (embedding, "embedding model"),
-        (split, "split GGUF"),
+        (split, "part 1 of a GGUF split in 3"),
     ):
         with pytest.raises(SuperegoError, match=said) as error:
             open_base(str(path))

@@ -365,7 +365,9 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, smollm2: BaseModel) ->
     assert "make it again" in refused(*ask, out)
     (tmp_path / "odd.session.json").write_text("{")
     assert "make it again" in refused(*ask, str(tmp_path / "odd.session"))
-    windowed = tiny_model(tmp_path / "g.gguf", "gemma2", **{"gemma2__attention__sliding_window": 8})
+    windowed = tiny_model(
+        tmp_path / "g.gguf", "cohere2", **{"cohere2__attention__sliding_window": 8}
+    )
     assert "plain key-value cache" in refused(
         "session", "steward", "--base", str(windowed), "-o", out
     )
