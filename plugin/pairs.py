@@ -1,0 +1,90 @@
+"""An adapter's matrices as arrays, and copies of adapters with other metadata or strength.
+
+Knows the tensors' bytes. Does not know what they mean to a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter, dequantize
+
+from superego.adapter import Adapter
+from superego.atomic import replacing
+from superego.gguf_file import TensorInfo
+
+
+def read_pairs(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every pair as float32, A (r, in) and B (out, r), B times alpha/rank: ΔW = B A at scale 1."""
+    raw = np.memmap(adapter.path, np.uint8, mode="r")
+
+    def array(tensor: TensorInfo) -> np.ndarray:
+        flat = raw[tensor.offset : tensor.offset + tensor.n_bytes]
+        rows = flat.reshape(tensor.shape[0], -1)
+        return np.array(dequantize(rows, tensor.type), np.float32).reshape(tensor.shape)
+
+    found = {}
+    for name, (a, b) in adapter.pairs.items():
+        # alpha 0 means that llama.cpp does not divide by the rank
+        scale = adapter.alpha / b.shape[1] if adapter.alpha else 1.0
+        found[name] = array(a), array(b) * np.float32(scale)
+    return found
+
+
+def copy_adapter(
+    adapter: Adapter,
+    output: Path,
+    metadata: Mapping[str, str | int | float],
+    strength: float = 1.0,
+) -> None:
+    """Write the same tensors with some metadata replaced, and scale 1 meaning `strength`.
+
+    The strength goes into `adapter.lora.alpha`, which every runtime applies; where alpha is 0,
+    which means "not used", into the B matrices. `output` may be the adapter's own file.
+    Raises SuperegoError for errors of the file system.
+    """
+    raw = np.array(np.memmap(adapter.path, np.uint8, mode="r"))  # the file may be replaced
+    old = adapter.header.metadata
+    with replacing(output) as temporary:
+        writer = GGUFWriter(temporary, adapter.header.text("general.architecture"))
+        for key, value in {**old, **metadata}.items():
+            if key == "general.architecture" or key.startswith("GGUF."):
+                continue  # the writer has put it there
+            if key == "adapter.lora.alpha":
+                writer.add_float32(key, adapter.alpha * strength)
+            else:
+                _add(writer, key, value)
+        for name, tensor in adapter.header.tensors.items():
+            rows = raw[tensor.offset : tensor.offset + tensor.n_bytes]
+            if strength != 1.0 and not adapter.alpha and name.endswith(".lora_b"):
+                values = dequantize(rows.reshape(tensor.shape[0], -1), tensor.type)
+                values = values.reshape(tensor.shape) * np.float32(strength)
+                writer.add_tensor(name, values.astype(np.float32))
+            else:
+                bytes_shape = (tensor.shape[0], tensor.n_bytes // tensor.shape[0])
+                writer.add_tensor(name, rows.reshape(bytes_shape), raw_dtype=tensor.type)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, int):
+        if 0 <= value < 2**32:
+            writer.add_uint32(key, value)
+        else:
+            writer.add_int64(key, value)
+    elif value:
+        writer.add_array(key, value)
