@@ -137,7 +137,7 @@ def compile_manifesto(
         steps.update("writing references", done, total)
 
     kept = cached = 0
-    if known:
+    if known is not None and known.replies:
         conversations, kept = renew(llm, base, prompts, known, settings.blocks, told)
     else:
         conversations, cached = write_replies(

@@ -20,6 +20,7 @@ from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
 from superego.errors import SuperegoError
+from superego.history import manifesto_of
 from superego.options import (
     base_option,
     converter,
@@ -303,12 +304,7 @@ def evaluate(
     for each, _ in checked:
         check_fit(each, model.header)
         warn_other_weights(each, model)
-    manifesto = checked[0][0].own.get("manifesto")
-    if not isinstance(manifesto, str):
-        raise SuperegoError(
-            f"{checked[0][0].path}: holds no superego.manifesto to compare with; "
-            "evaluate needs an adapter that superego made"
-        )
+    manifesto = manifesto_of(checked[0][0]).body
     messages = _lines_of(prompts) if prompts else None
     with Steps() as steps:
         (report,) = measure(
@@ -375,6 +371,8 @@ def inspect(file: Path, base: str | None, as_json: bool) -> None:
         click.echo(json.dumps(info, indent=2))
         return
     metadata = info.pop("metadata")
+    if "superego.references" in metadata:
+        metadata["superego.references"] = f"{len(metadata['superego.references']):,} characters"
     click.echo(table(info))
     click.echo(table(metadata))
 
@@ -425,3 +423,10 @@ def _typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+
+
+from superego.cli_feedback import amend, diff, log, watch  # noqa: E402
+from superego.cli_strength import blend, calibrate, move  # noqa: E402
+
+for _command in (amend, log, diff, watch, blend, calibrate, move):
+    main.add_command(_command)

@@ -122,7 +122,8 @@ def evaluate(
             f"manifesto of {len(teacher.prefix)} tokens and prompts of up to {widest} do not "
             f"fit the model's context of {base.context_length}"
         )
-    drift = _drift(llm, base, teacher, adapters)
+    alone = [_one_hot(i, adapters) for i in range(len(adapters))]
+    drifts = _drift(llm, base, teacher, adapters, alone)
     everyone = [*adapters, *([foreign] if foreign else [])]
     rows = _compare(llm, teacher, student, everyone, len(adapters), max_tokens, widest, progress)
     other = recovered(rows["kl_0"][0], rows["kl_S"][-1]).value if foreign else None
@@ -139,8 +140,8 @@ def evaluate(
                 kl_adapter=float(own_kl.mean()),
                 top1_base=float(rows["top1_0"][0].mean()),
                 top1_adapter=float(rows["top1_S"][i].mean()),
-                drift_adapter=drift[i + 1],
-                drift_system=drift[0],
+                drift_adapter=drifts[i + 1],
+                drift_system=drifts[0],
                 kl_with_system=float(rows["kl_TS"][i].mean()),
                 top1_with_system=float(rows["top1_TS"][i].mean()),
                 prompts=len(messages),
@@ -224,13 +225,21 @@ def _compare(
     return rows
 
 
+def drift(
+    llm: Llama, base: BaseModel, teacher: Encoded, adapter: Adapter, scales: Sequence[float]
+) -> list[float]:
+    """KL(0‖T), then KL(0‖S) at each scale of one adapter, at the token after neutral text."""
+    return _drift(llm, base, teacher, [(adapter, 0.0)], [[scale] for scale in scales])
+
+
 def _drift(
     llm: Llama,
     base: BaseModel,
     teacher: Encoded,
     adapters: Sequence[tuple[Adapter, float]],
+    settings: Sequence[Sequence[float]],
 ) -> list[float]:
-    """KL(0‖T), then KL(0‖S) of every adapter, at the token after plain neutral text."""
+    """KL(0‖T), then KL(0‖S) of every setting of the adapters' scales, after neutral text."""
     texts = [tokenize(llm, text) for text in bundled("neutral")]
     widest = max(map(len, texts))
 
@@ -250,8 +259,8 @@ def _drift(
         context.set_scales(_one_hot(-1, adapters))
         bare = after(context)
         own = []
-        for i in range(len(adapters)):
-            context.set_scales(_one_hot(i, adapters))
+        for scales in settings:
+            context.set_scales(scales)
             own.append(float(kl(bare, after(context)).mean()))
     with ParallelContext(llm, teacher.prefix, _GROUP, widest) as context:
         system = float(kl(bare, after(context)).mean())
