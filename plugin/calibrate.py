@@ -24,9 +24,9 @@ from superego.replay import Variant, divergences, replies
 from superego.runtime import load, stop_tokens
 from superego.template import ChatTemplate
 
-SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
 _STEP = 0.1  # of the second round, on either side of the first one's best
-_PROMPTS, _TOKENS = 24, 32
+_PROMPTS, _TOKENS = 16, 24
 Progress = Callable[[str, int, int], None]
 
 
