@@ -182,6 +182,7 @@ def compile_manifesto(
         {
             **_metadata(manifesto, model, settings, rank, tokens, recovered, base.dtype),
             "superego.references": stored(model, conversations),
+            "superego.references.unseen": len(unseen),  # the last ones
             **(extra or {}),
         },
     )

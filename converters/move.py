@@ -33,9 +33,10 @@ def still_recovers(
     None where the adapter keeps none for this vocabulary.
     """
     exchanges = kept_references(adapter, model.header)
-    unseen = exchanges[-settings_of(adapter).unseen :]
-    if not unseen:
+    n = adapter.own.get("references.unseen", 0)
+    if not exchanges or not isinstance(n, int) or not 0 < n <= len(exchanges):
         return None
+    unseen = exchanges[-n:]
     llm = load(model, n_ctx=256, threads=threads)
     template = ChatTemplate(model.header)
     fronts = [encode(llm, template, s, []).prefix for s in (manifesto_of(adapter).body, None)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter, dequantize
+from gguf import GGUFValueType, GGUFWriter, dequantize
 
 from superego.adapter import Adapter
 from superego.atomic import replacing
@@ -86,5 +86,8 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
             writer.add_uint32(key, value)
         else:
             writer.add_int64(key, value)
+    elif value and all(type(item) is int and item >= 0 for item in value):
+        # llama.cpp refuses signed invocation tokens, which add_array would write
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32)
     elif value:
         writer.add_array(key, value)
