@@ -30,20 +30,22 @@ def still_recovers(
 ) -> float | None:
     """KL recovered on this base, in llama.cpp, on the references that the fit did not see.
 
-    None where the adapter keeps none for this vocabulary.
+    At the strength the file's own figure is for: a calibration is undone. None where the
+    adapter keeps no references for this vocabulary.
     """
     exchanges = kept_references(adapter, model.header)
     n = adapter.own.get("references.unseen", 0)
     if not exchanges or not isinstance(n, int) or not 0 < n <= len(exchanges):
         return None
     unseen = exchanges[-n:]
+    strength = 1 / float(adapter.own.get("calibration.scale", 1.0))
     llm = load(model, n_ctx=256, threads=threads)
     template = ChatTemplate(model.header)
     fronts = [encode(llm, template, s, []).prefix for s in (manifesto_of(adapter).body, None)]
     kls = divergences(
         llm,
         Variant(fronts[0], (0.0,)),
-        [Variant(fronts[1], (0.0,)), Variant(fronts[1], (1.0,))],
+        [Variant(fronts[1], (0.0,)), Variant(fronts[1], (strength,))],
         [adapter],
         unseen,
         lambda done, total: steps.update("measuring on the new base", done, total),

@@ -143,12 +143,14 @@ def watch(path: Path, workshop: Workshop, stop: threading.Event) -> Iterator[Tur
     if not path.parent.is_dir():
         raise SuperegoError(f"{path}: folder {path.parent} does not exist")
 
-    def ours(change: Any, changed: str) -> bool:
-        return Path(changed).name == path.name
+    files = {path, path.resolve()}  # both ends of a link
 
-    last: str | None = None  # the problem that was told last, not to tell it twice
+    def ours(change: Any, changed: str) -> bool:
+        return Path(changed) in files
+
+    told: str | None = None  # the last problem, not to tell it twice
     events = changes(
-        path.parent,
+        *{file.parent for file in files},
         watch_filter=ours,
         debounce=400,
         step=50,
@@ -163,21 +165,22 @@ def watch(path: Path, workshop: Workshop, stop: threading.Event) -> Iterator[Tur
         if not event and not first:
             continue
         try:
-            saved = None if first else path.stat().st_mtime
-            manifesto = read_manifesto(path)
-            if workshop.last is not None and manifesto.sha256 == workshop.last.sha256:
-                last = None
-                continue  # touched, or saved as it was
-            yield workshop.turn(manifesto, saved)
-            last = None
-        except OSError:
-            message = f"{path}: is gone; waiting for it to come back"
-            if message != last:
-                yield Problem(message)
-            last = message
-        except SuperegoError as error:
-            if str(error) != last:
-                yield Problem(str(error))
-            last = str(error)
-        finally:
+            saved = None if first else _saved(path)
             first = False
+            manifesto = read_manifesto(path)
+            if workshop.last is None or manifesto.sha256 != workshop.last.sha256:
+                yield workshop.turn(manifesto, saved)  # else touched, or saved as it was
+            told = None
+        except SuperegoError as error:
+            if str(error) != told:
+                yield Problem(str(error))
+            told = str(error)
+
+
+def _saved(path: Path) -> float:
+    """When the file was last written or renamed to its name (time.time())."""
+    try:
+        status = path.stat()
+    except OSError:
+        raise SuperegoError(f"{path}: is gone; waiting for it to come back") from None
+    return max(status.st_mtime, status.st_ctime)  # a renamed file keeps its own mtime

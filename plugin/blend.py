@@ -75,8 +75,8 @@ def blend(
         "parts": [f"{a.name} × {scale:g}" for a, scale in parts],
         "matrices": len(pairs),
         "rank": max(len(a) for a, _ in pairs.values()),
-        "rank cut's error": round(error, 5),
-        "worst matrix's error": round(worst, 5),
+        "rank cut error": round(error, 5),
+        "worst matrix error": round(worst, 5),
     }
 
 

@@ -18,8 +18,8 @@ import click
 
 from superego.adapter import check_fit, read_adapter
 from superego.base import open_base
-from superego.bundled import find_manifesto
 from superego.errors import SuperegoError
+from superego.manifesto import read_manifesto
 from superego.options import (
     base_option,
     converter,
@@ -183,7 +183,9 @@ def watch(
     if not manifesto.exists():
         raise SuperegoError(f"{manifesto}: no such file (expected a Markdown manifesto)")
     module = converter("watch")
-    asked = questions or tuple(find_manifesto(str(manifesto)).examples[:2])
+    asked = questions
+    with suppress(SuperegoError):  # a broken file is told at its first turn, and watched on
+        asked = asked or tuple(read_manifesto(manifesto).examples[:2])
     asked = asked or ("Who are you, and what matters to you?",)
     console = Console()
     done = 0

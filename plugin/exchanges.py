@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -75,10 +74,7 @@ def unused_prompts(llm: Llama, base: Header, adapters: Sequence[Adapter], n: int
     """
     text = importlib.resources.files("superego.converters").joinpath("seeds.txt")
     lines = [line for line in text.read_text("utf-8").splitlines() if line.strip()]
-    # from the end: an adapter that does not say what it was fitted on began at the front
-    found = lines[::-1]
-    random.Random(1).shuffle(tail := found[: len(found) // 4])
-    found[: len(tail)] = tail
+    found = lines[::-1]  # an adapter that does not keep its references began at the front
     used = {tuple(p) for a in adapters for p, _ in kept_references(a, base)}
     rest = encode(llm, ChatTemplate(base), None, found).rest
     unused = [line for line, tokens in zip(found, rest, strict=True) if tuple(tokens) not in used]

@@ -50,7 +50,7 @@ def test_on_the_real_model_most_references_are_kept(
     result = run("amend", str(path), text, "--base", "smollm2", "-o", str(out), "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert 48 < report["references kept"] < report["references"]
+    assert 32 < report["references kept"] < report["references"]
     recovered = "kl recovered on unseen references"
     assert report[recovered] > before[recovered] - 0.1
     assert f"superego chat --base smollm2 --persona {out}" in result.stderr
@@ -64,7 +64,7 @@ def test_the_teachers_own_replies_have_no_regret_and_others_have(base: Path) -> 
     torch.set_grad_enabled(False)
     llm = load(model, vocab_only=True)
     opened = open_for_compile(model, llm, Steps(quiet=True))
-    prompts = prepare(llm, model, SHORT, seeds(0)[:96])
+    prompts = prepare(llm, model, SHORT, seeds(0)[: QUICK.messages])
     own, _ = write_replies(
         llm, opened.base, model.fingerprint, prompts, 1, False, lambda done, total: None
     )
@@ -76,10 +76,10 @@ def test_the_teachers_own_replies_have_no_regret_and_others_have(base: Path) -> 
     pairs = enumerate(zip(own, foreign, strict=True))
     half = {tuple(c.prompt): (c if i % 2 else f).reply for i, (c, f) in pairs}
     again, kept = renew(llm, opened.base, prompts, Known(half), 1, lambda done, total: None)
-    assert kept == 48
+    assert kept == len(own) // 2
     same = [a.reply == b.reply for a, b in zip(again, own, strict=True)]
     # rounding may turn a near tie of a random model; the foreign replies must all be gone
-    assert sum(same) > 80
+    assert sum(same) > 0.8 * len(own)
     assert not any(c.reply == [7] * len(c.reply) for c in again)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
-from conftest import refused, run, tiny_model
+from conftest import refused, requantized, run, tiny_model
+from gguf import GGMLQuantizationType
 from test_attach import logits
 
 import superego
 from superego.adapter import read_adapter, write_adapter
-from superego.base import open_base
+from superego.base import BaseModel, open_base
 from superego.blend import blend, cut
 from superego.pairs import read_pairs
 from superego.runtime import load
@@ -31,8 +32,13 @@ def random_adapter(path: Path, names: dict[str, tuple[int, int, int]], **metadat
 
 
 def test_the_blend_is_both_adapters_at_their_scales(tmp_path: Path) -> None:
-    """Different matrices, different ranks within a file; tolerance: F16 rounding of B."""
-    live = load(open_base(str(tiny_model(tmp_path / "base.gguf"))), n_ctx=256)
+    """Different matrices, different ranks within a file; the rest is F16 rounding of B.
+
+    The base is F32: llama.cpp rounds what a quantized matrix reads to eight bits, and there
+    the order in which two adapters are attached already changes logits by more.
+    """
+    base = tiny_model(tmp_path / "base.gguf", kind=GGMLQuantizationType.F32)
+    live = load(open_base(str(base)), n_ctx=256)
     down, out, q = "blk.0.ffn_down.weight", "blk.1.attn_output.weight", "blk.0.attn_q.weight"
     a = random_adapter(tmp_path / "a.gguf", {down: (64, 128, 4), out: (64, 64, 6)})
     b = random_adapter(tmp_path / "b.gguf", {down: (64, 128, 3), q: (64, 64, 5)})
@@ -47,18 +53,23 @@ def test_the_blend_is_both_adapters_at_their_scales(tmp_path: Path) -> None:
     assert np.abs(one - both).max() < 0.01 * np.abs(both - bare).max()
 
 
-def test_on_the_real_model_too(llm: Any, pirate: Path, tmp_path: Path) -> None:
+def test_on_the_real_model_too(pirate: Path, smollm2: BaseModel, tmp_path: Path) -> None:
+    """As F16, for the same reason."""
     names = {f"blk.{i}.ffn_down.weight": (576, 1536, 4) for i in range(30)}
     other = random_adapter(tmp_path / "other.gguf", names)
     out = tmp_path / "blend.gguf"
     result = run("blend", f"{pirate}:0.7", f"{other}:0.5", "-o", str(out), "--json")
     report = json.loads(result.stdout)
-    assert (report["matrices"], report["rank"], report["rank cut's error"]) == (60, 100, 0)
-    bare = logits(llm)
-    with superego.attach(llm, pirate, 0.7), superego.attach(llm, other, 0.5):
-        both = logits(llm)
-    with superego.attach(llm, out):
-        one = logits(llm)
+    assert report["matrices"] == len(read_adapter(pirate).pairs)
+    assert report["rank"] == read_adapter(pirate).rank + 4
+    assert report["rank cut error"] == 0
+    exact = requantized(smollm2, tmp_path / "f16.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_F16)
+    live = load(open_base(str(exact)), n_ctx=256)
+    bare = logits(live)
+    with superego.attach(live, pirate, 0.7), superego.attach(live, other, 0.5):
+        both = logits(live)
+    with superego.attach(live, out):
+        one = logits(live)
     assert np.abs(one - both).max() < 0.02 * np.abs(both - bare).max()
     assert "is a blend of pirate × 0.7 and other × 0.5" in refused(
         "evaluate", str(out), "--base", "smollm2"
@@ -81,7 +92,7 @@ def test_a_rank_cut_is_the_best_one_and_its_error_is_said(tmp_path: Path) -> Non
     out = tmp_path / "out.gguf"
     report = blend([(read_adapter(path), 1.0), (read_adapter(path), 1.0)], out, rank=6)
     assert report["rank"] == 6
-    assert report["rank cut's error"] < 1e-4  # twice the same change has its rank
+    assert report["rank cut error"] < 1e-4  # twice the same change has its rank
     (once, twice) = (read_pairs(read_adapter(p))[down] for p in (path, out))
     assert np.allclose(twice[1] @ twice[0], 2 * once[1] @ once[0], atol=2e-3)
 

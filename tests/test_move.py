@@ -6,7 +6,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
-from conftest import refused, tiny_model
+from conftest import refused, requantized, tiny_model
 from gguf import GGMLQuantizationType
 
 from superego.adapter import read_adapter, same_weights
@@ -32,13 +32,7 @@ def kind(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_real_model_requantized_keeps_its_adapter(
     pirate: Path, smollm2: BaseModel, tmp_path: Path
 ) -> None:
-    path = tmp_path / "q8.gguf"
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
-    parameters.allow_requantize = True
-    assert not llama_cpp.llama_model_quantize(
-        str(smollm2.path).encode(), str(path).encode(), parameters
-    )
+    path = requantized(smollm2, tmp_path / "q8.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
     model, out = open_base(str(path)), tmp_path / "moved.gguf"
     report = move(read_adapter(pirate), model, out, by="ada")
     assert report["done"] == "reused"

@@ -103,7 +103,7 @@ def test_on_the_real_model_a_save_changes_the_reply(smollm2: BaseModel, tmp_path
     text = bundled()["pirate"].body + "\n\nAlso: never promise anything."
     second = workshop.turn(parse_manifesto(text, "pirate"))
     assert second.replies[0][1] == now
-    assert second.kept > 48
+    assert second.kept > 32
     assert second.recovered > 0.6
     assert manifesto_of(read_adapter(workshop.output)).body == text
 
