@@ -100,7 +100,8 @@ def ten(base: str, name: str, prompts: int, effort: str, folder: Path) -> None:
         manifesto = amended(manifesto, text)
         kept = f"{report['references kept']} of {report['references']}"
         print(f"| {number} | {kept} | {_figures(report)} |", flush=True)
-    report = compile_manifesto(manifesto, model, once, settings, use_cache=False, opened=opened)
+    fresh = replace(opened, slots={})
+    report = compile_manifesto(manifesto, model, once, settings, use_cache=False, opened=fresh)
     print(f"| compiled once | none | {_figures(report)} |", flush=True)
     if not prompts:
         return

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from superego.converters.references import (
     seeds,
     write_replies,
 )
+from superego.converters.slot import Slot
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype, read_shape
 from superego.errors import SuperegoError
@@ -58,11 +59,12 @@ class Settings:
     ridge: float  # of attn_output
     ridge_ffn: float  # of ffn_down, whose inputs predict less and have more columns
     seed: int
+    most: int | None = None  # references; None: all of the blocks
 
     @property
     def messages(self) -> int:
         """How many reference messages are answered."""
-        return sum(BLOCKS[: self.blocks])
+        return sum(BLOCKS[: self.blocks]) if self.most is None else self.most
 
     @classmethod
     def for_effort(cls, effort: str, rank: int | None = None, seed: int = 0) -> Settings:
@@ -81,11 +83,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Opened:
-    """A base opened for compiling: its tokenizer, its weights in memory, the matmul rate."""
+    """A base opened for compiling: its tokenizer, its weights in memory, the matmul rate.
+
+    The slots that its fits have found stay with it.
+    """
 
     llm: Llama
     base: Base
     rate: float  # GFLOP/s
+    slots: dict[tuple[int, ...], Slot | None] = field(default_factory=dict)
 
 
 def open_for_compile(model: BaseModel, llm: Llama, steps: Steps) -> Opened:
@@ -156,6 +162,7 @@ def compile_manifesto(
         rank,
         {"attn_output": settings.ridge, "ffn_down": settings.ridge_ffn},
         lambda done, total: steps.update("solving layers", done, total),
+        opened.slots,
     )
     seconds["fit"] = time.perf_counter() - mark
 

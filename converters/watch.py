@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from superego.runtime import default_threads, load
 from superego.template import ChatTemplate
 
 REPLY_TOKENS = 64
+HURRIED = replace(Settings.for_effort("quick"), most=48)  # three quarters of its references
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Workshop:
     model: BaseModel
     output: Path
     questions: Sequence[str]
-    settings: Settings = field(default_factory=lambda: Settings.for_effort("quick"))
+    settings: Settings = HURRIED
     threads: int | None = None
     quiet: bool = True  # no progress on stderr
 

@@ -6,8 +6,8 @@ llama.cpp on messages that are neither the fit's references nor held-out prompts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.dialogue import encode
 from superego.errors import SuperegoError
-from superego.evaluate import drift
+from superego.evaluate import Drift
 from superego.exchanges import unused_prompts
 from superego.history import manifesto_of, with_entry
 from superego.pairs import copy_adapter
@@ -24,35 +24,30 @@ from superego.replay import Variant, divergences, replies
 from superego.runtime import load, stop_tokens
 from superego.template import ChatTemplate
 
-SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
-_STEP = 0.1  # of the second round, on either side of the first one's best
+SCALES = tuple(round(0.1 * n, 1) for n in range(4, 13))
 _PROMPTS, _TOKENS = 16, 24
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One scale: KL recovered on unused messages, and KL(0‖S) on neutral text."""
+def choose(
+    recovered: Mapping[float, float], drift: Callable[[float], float], limit: float
+) -> float:
+    """The scale that recovers most among those whose drift is within the limit.
 
-    scale: float
-    recovered: float
-    drift: float
-
-
-def choose(points: Sequence[Point], limit: float) -> Point:
-    """The point that recovers most among those within the limit.
-
-    Raises SuperegoError where none is within it, saying what the least drift is.
+    Of equals the weaker. A stronger adapter drifts more, so nothing beyond a scale that is over
+    the limit is tried: `drift` costs time. Raises SuperegoError where no scale is within it.
     """
-    within = [p for p in points if p.drift <= limit]
-    if not within:
-        least = min(points, key=lambda p: p.drift)
-        raise SuperegoError(
-            f"no scale from {min(p.scale for p in points):g} to "
-            f"{max(p.scale for p in points):g} has a drift within {limit:g}; the least is "
-            f"{least.drift:.4f} at scale {least.scale:g}: give a larger --limit"
-        )
-    return max(within, key=lambda p: (p.recovered, -p.scale))
+    over = math.inf
+    for scale in sorted(recovered, key=lambda s: (-recovered[s], s)):
+        if scale < over:
+            if drift(scale) <= limit:
+                return scale
+            over = scale
+    raise SuperegoError(
+        f"no scale from {min(recovered):g} to {max(recovered):g} has a drift within {limit:g}; "
+        f"the least is {drift(min(recovered)):.4f} at scale {min(recovered):g}: give a larger "
+        "--limit"
+    )
 
 
 def calibrate(
@@ -86,56 +81,59 @@ def calibrate(
     progress("the system message's replies", 1, 1)
     exchanges = list(zip(teacher.rest, said, strict=True))
 
-    def measure(scales: Sequence[float], label: str) -> tuple[list[Point], float]:
-        kls = divergences(
-            llm,
-            front,
-            [Variant(student.prefix, (s,)) for s in (0.0, *scales)],
-            [adapter],
-            exchanges,
-            lambda done, total: progress(label, done, total),
-        ).mean(axis=1)
-        system, *drifts = drift(llm, model, teacher, adapter, scales)
-        recovered = 1 - kls[1:] / max(float(kls[0]), 1e-9)
-        return [
-            Point(s, float(r), d) for s, r, d in zip(scales, recovered, drifts, strict=True)
-        ], system
+    kls = divergences(
+        llm,
+        front,
+        [Variant(student.prefix, (s,)) for s in (0.0, *SCALES)],
+        [adapter],
+        exchanges,
+        lambda done, total: progress("measuring scales", done, total),
+    ).mean(axis=1)
+    recovered = dict(zip(SCALES, map(float, 1 - kls[1:] / max(float(kls[0]), 1e-9)), strict=True))
+    drifts: dict[float, float] = {}
+    with Drift(llm, model, [(adapter, 1.0)]) as neutral:
 
-    points, system = measure(SCALES, "measuring scales")
-    bound = system if limit is None else limit
-    best = choose(points, bound)
-    near = [round(best.scale + step, 2) for step in (-_STEP, _STEP)]
-    points += measure([s for s in near if s > 0], "measuring near the best")[0]
-    best = choose(points, bound)
-    one = next(p for p in points if p.scale == 1.0)
+        def drift(scale: float) -> float:
+            if scale not in drifts:
+                progress("measuring drift", len(drifts), len(SCALES))
+                drifts[scale] = neutral.of([scale])
+            return drifts[scale]
+
+        system = neutral.of_system(teacher)
+        bound = system if limit is None else limit
+        best = choose(recovered, drift, bound)
+        drift(1.0)
     before = adapter.own.get("calibration.scale", 1.0)
     copy_adapter(
         adapter,
         output,
         {
-            "superego.calibration.scale": float(before) * best.scale,
-            "superego.calibration.recovered": best.recovered,
-            "superego.calibration.drift": best.drift,
+            "superego.calibration.scale": float(before) * best,
+            "superego.calibration.recovered": recovered[best],
+            "superego.calibration.drift": drifts[best],
             "superego.calibration.limit": float(bound),
             "superego.history": with_entry(
-                adapter, "calibrate", by, scale=best.scale, drift=round(best.drift, 5)
+                adapter, "calibrate", by, scale=best, drift=round(drifts[best], 5)
             ),
         },
-        strength=best.scale,
+        strength=best,
     )
-    points.sort(key=lambda p: p.scale)
     return {
         "adapter": str(output),
-        "scale": best.scale,
-        "KL recovered": round(best.recovered, 4),
-        "KL recovered at scale 1 before": round(one.recovered, 4),
-        "drift": round(best.drift, 4),
-        "drift at scale 1 before": round(one.drift, 4),
+        "scale": best,
+        "KL recovered": round(recovered[best], 4),
+        "KL recovered at scale 1 before": round(recovered[1.0], 4),
+        "drift": round(drifts[best], 4),
+        "drift at scale 1 before": round(drifts[1.0], 4),
         "limit": round(float(bound), 4),
         "system message's drift": round(system, 4),
         "prompts": len(messages),
         "points": [
-            {"scale": p.scale, "KL recovered": round(p.recovered, 4), "drift": round(p.drift, 4)}
-            for p in points
+            {
+                "scale": s,
+                "KL recovered": round(recovered[s], 4),
+                "drift": round(drifts[s], 4) if s in drifts else None,
+            }
+            for s in SCALES
         ],
     }

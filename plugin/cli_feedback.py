@@ -182,6 +182,8 @@ def watch(
     model = open_base(base)
     if not manifesto.exists():
         raise SuperegoError(f"{manifesto}: no such file (expected a Markdown manifesto)")
+    if output is not None and output.exists() and output.samefile(manifesto):
+        raise SuperegoError(f"{output}: is the manifesto itself; give another file with -o")
     module = converter("watch")
     asked = questions
     with suppress(SuperegoError):  # a broken file is told at its first turn, and watched on
@@ -205,7 +207,7 @@ def watch(
             if turns is not None and done >= turns:
                 break
             click.echo(f"Watching {manifesto}; Ctrl-C ends.", err=True)
-    if output is not None:
+    if output is not None and done:
         click.echo(
             f"Use it:\n  superego chat --base {base} --persona {shlex.quote(str(output))}", err=True
         )

@@ -90,9 +90,8 @@ def calibrate(
         click.echo(table(result))
         click.echo("\nscale  KL recovered  drift")
         for point in points:
-            click.echo(
-                f"{point['scale']:>5g}  {point['KL recovered']:>12.4f}  {point['drift']:.4f}"
-            )
+            drift = "" if point["drift"] is None else f"{point['drift']:.4f}"
+            click.echo(f"{point['scale']:>5g}  {point['KL recovered']:>12.4f}  {drift}".rstrip())
     click.echo(f"Use it:\n  superego chat --base {base} --persona {path}", err=True)
 
 

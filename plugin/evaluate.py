@@ -122,8 +122,9 @@ def evaluate(
             f"manifesto of {len(teacher.prefix)} tokens and prompts of up to {widest} do not "
             f"fit the model's context of {base.context_length}"
         )
-    alone = [_one_hot(i, adapters) for i in range(len(adapters))]
-    drifts = _drift(llm, base, teacher, adapters, alone)
+    with Drift(llm, base, adapters) as drift:
+        drifts = [drift.of(_one_hot(i, adapters)) for i in range(len(adapters))]
+        drift_system = drift.of_system(teacher)
     everyone = [*adapters, *([foreign] if foreign else [])]
     rows = _compare(llm, teacher, student, everyone, len(adapters), max_tokens, widest, progress)
     other = recovered(rows["kl_0"][0], rows["kl_S"][-1]).value if foreign else None
@@ -140,8 +141,8 @@ def evaluate(
                 kl_adapter=float(own_kl.mean()),
                 top1_base=float(rows["top1_0"][0].mean()),
                 top1_adapter=float(rows["top1_S"][i].mean()),
-                drift_adapter=drifts[i + 1],
-                drift_system=drifts[0],
+                drift_adapter=drifts[i],
+                drift_system=drift_system,
                 kl_with_system=float(rows["kl_TS"][i].mean()),
                 top1_with_system=float(rows["top1_TS"][i].mean()),
                 prompts=len(messages),
@@ -225,46 +226,48 @@ def _compare(
     return rows
 
 
-def drift(
-    llm: Llama, base: BaseModel, teacher: Encoded, adapter: Adapter, scales: Sequence[float]
-) -> list[float]:
-    """KL(0‖T), then KL(0‖S) at each scale of one adapter, at the token after neutral text."""
-    return _drift(llm, base, teacher, [(adapter, 0.0)], [[scale] for scale in scales])
+class Drift:
+    """KL(0‖·) at the token after plain neutral text; open while a `with` block lasts.
 
+    Without a chat around it: plain text behind a begin token, or a newline where the model has
+    none, and for a system message behind that as it is rendered.
+    """
 
-def _drift(
-    llm: Llama,
-    base: BaseModel,
-    teacher: Encoded,
-    adapters: Sequence[tuple[Adapter, float]],
-    settings: Sequence[Sequence[float]],
-) -> list[float]:
-    """KL(0‖T), then KL(0‖S) of every setting of the adapters' scales, after neutral text."""
-    texts = [tokenize(llm, text) for text in bundled("neutral")]
-    widest = max(map(len, texts))
+    def __init__(
+        self, llm: Llama, base: BaseModel, adapters: Sequence[tuple[Adapter, float]]
+    ) -> None:
+        self._llm = llm
+        self._texts = [tokenize(llm, text) for text in bundled("neutral")]
+        self._widest = max(map(len, self._texts))
+        bos = base.header.metadata.get("tokenizer.ggml.bos_token_id")
+        wanted = base.header.metadata.get("tokenizer.ggml.add_bos_token")
+        plain = [bos] if wanted and isinstance(bos, int) else tokenize(llm, "\n")
+        self._context = ParallelContext(llm, plain, _GROUP, self._widest, adapters)
+        self._context.set_scales([0.0] * len(adapters))
+        self._bare = self._after(self._context)
 
-    def after(context: ParallelContext) -> np.ndarray:
+    def _after(self, context: ParallelContext) -> np.ndarray:
         out = []
-        for start in range(0, len(texts), _GROUP):
-            part = texts[start : start + _GROUP]
+        for start in range(0, len(self._texts), _GROUP):
+            part = self._texts[start : start + _GROUP]
             out += [log_softmax(x)[0] for x in context.read(part, [len(t) - 1 for t in part])]
         return np.stack(out)
 
-    # Without a chat around it: plain text behind a begin token (or a newline where the
-    # model has none), and for T behind the rendered system message.
-    bos = base.header.metadata.get("tokenizer.ggml.bos_token_id")
-    wanted = base.header.metadata.get("tokenizer.ggml.add_bos_token")
-    plain = [bos] if wanted and isinstance(bos, int) else tokenize(llm, "\n")
-    with ParallelContext(llm, plain, _GROUP, widest, adapters) as context:
-        context.set_scales(_one_hot(-1, adapters))
-        bare = after(context)
-        own = []
-        for scales in settings:
-            context.set_scales(scales)
-            own.append(float(kl(bare, after(context)).mean()))
-    with ParallelContext(llm, teacher.prefix, _GROUP, widest) as context:
-        system = float(kl(bare, after(context)).mean())
-    return [system, *own]
+    def of(self, scales: Sequence[float]) -> float:
+        """That of the adapters at these scales."""
+        self._context.set_scales(scales)
+        return float(kl(self._bare, self._after(self._context)).mean())
+
+    def of_system(self, teacher: Encoded) -> float:
+        """That of a system message."""
+        with ParallelContext(self._llm, teacher.prefix, _GROUP, self._widest) as context:
+            return float(kl(self._bare, self._after(context)).mean())
+
+    def __enter__(self) -> Drift:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.close()
 
 
 @dataclass(frozen=True)

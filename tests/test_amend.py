@@ -72,7 +72,7 @@ def test_the_teachers_own_replies_have_no_regret_and_others_have(base: Path) -> 
         assert regret < 0.02
         assert agreed > 0
     foreign = [Conversation(c.prompt, [7] * len(c.reply)) for c in own]
-    assert min(r for r, _ in regrets(opened.base, prompts.prefixes.teacher, foreign)) > 0.5
+    assert min(r for r, _ in regrets(opened.base, prompts.prefixes.teacher, foreign)) > 0.1
     pairs = enumerate(zip(own, foreign, strict=True))
     half = {tuple(c.prompt): (c if i % 2 else f).reply for i, (c, f) in pairs}
     again, kept = renew(llm, opened.base, prompts, Known(half), 1, lambda done, total: None)

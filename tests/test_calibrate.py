@@ -15,23 +15,25 @@ from test_blend import random_adapter
 import superego
 from superego.adapter import read_adapter
 from superego.base import BaseModel, open_base
-from superego.calibrate import Point, calibrate, choose
+from superego.calibrate import calibrate, choose
 from superego.converters.compile import Settings, compile_manifesto
 from superego.errors import SuperegoError
+from superego.evaluate import bundled
 from superego.history import history_of
 from superego.manifesto import parse_manifesto
 from superego.pairs import copy_adapter
 from superego.runtime import load
 
-CURVE = [Point(0.5, 0.4, 0.02), Point(1.0, 0.8, 0.1), Point(1.2, 0.9, 0.2), Point(1.5, 0.9, 0.4)]
+RECOVERED = {0.5: 0.4, 1.0: 0.8, 1.2: 0.9, 1.5: 0.9}
+DRIFT = {0.5: 0.02, 1.0: 0.1, 1.2: 0.2, 1.5: 0.4}
 
 
 def test_the_most_recovered_within_the_limit_is_chosen() -> None:
-    assert choose(CURVE, 1.0).scale == 1.2  # of two equals the weaker
-    assert choose(CURVE, 0.15).scale == 1.0
-    assert choose(CURVE, 0.02).scale == 0.5
+    assert choose(RECOVERED, DRIFT.__getitem__, 1.0) == 1.2  # of two equals the weaker
+    assert choose(RECOVERED, DRIFT.__getitem__, 0.15) == 1.0
+    assert choose(RECOVERED, DRIFT.__getitem__, 0.02) == 0.5
     with pytest.raises(SuperegoError, match=r"least is 0\.0200 at scale 0\.5"):
-        choose(CURVE, 0.01)
+        choose(RECOVERED, DRIFT.__getitem__, 0.01)
 
 
 def test_scale_one_of_the_copy_is_the_stored_strength(tmp_path: Path) -> None:
@@ -51,8 +53,9 @@ def test_scale_one_of_the_copy_is_the_stored_strength(tmp_path: Path) -> None:
             wanted = logits(live, b"ab")
         with superego.attach(live, persona):
             found = logits(live, b"ab")
-        assert np.abs(wanted - logits(live, b"ab")).max() > 0.1
-        assert np.allclose(wanted, found, atol=1e-3)
+        effect = np.abs(wanted - logits(live, b"ab")).max()
+        assert effect > 0.1
+        assert np.abs(wanted - found).max() < 0.01 * effect
 
     close(out, path, 0.8)
     # where alpha says "not used", the strength is in B
@@ -67,13 +70,18 @@ def test_scale_one_of_the_copy_is_the_stored_strength(tmp_path: Path) -> None:
     close(out, plain, 0.5)
 
 
-def test_on_the_real_model(pirate: Path, smollm2: BaseModel, tmp_path: Path) -> None:
+def test_on_the_real_model(
+    pirate: Path, smollm2: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few messages, scales and texts, for time."""
+    monkeypatch.setattr("superego.calibrate.SCALES", (0.5, 0.7, 1.0))
+    monkeypatch.setattr("superego.evaluate.bundled", lambda name: bundled(name)[:16])
     out = tmp_path / "out.gguf"
-    report = calibrate(read_adapter(pirate), smollm2, out, limit=0.12, n_prompts=4, by="")
-    drifts = [p["drift"] for p in report["points"]]
-    assert drifts == sorted(drifts), "a stronger adapter drifts more"
-    assert report["drift"] <= 0.12 < report["drift at scale 1 before"]
-    assert 0.5 < report["scale"] < 1
+    report = calibrate(read_adapter(pirate), smollm2, out, limit=0.08, n_prompts=4, by="")
+    recovered = [p["KL recovered"] for p in report["points"]]
+    assert 0.2 < recovered[0] < recovered[1] < recovered[2]
+    assert report["drift"] <= 0.08 < report["drift at scale 1 before"]
+    assert report["scale"] < 1
     adapter = read_adapter(out)
     assert adapter.alpha == pytest.approx(adapter.rank * report["scale"])
     assert adapter.own["calibration.scale"] == pytest.approx(report["scale"])

@@ -15,7 +15,7 @@ from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.move import move
 from superego.history import history_of, manifesto_of
 from superego.manifesto import parse_manifesto
-from superego.pairs import read_pairs
+from superego.pairs import copy_adapter, read_pairs
 
 KIND = parse_manifesto("You are kind to all.", "kind")
 
@@ -53,7 +53,9 @@ def test_other_weights_of_one_shape_are_measured(kind: Path, tmp_path: Path) -> 
     (old, new) = (read_pairs(read_adapter(p)) for p in (kind, out))
     assert all((old[name][1] == new[name][1]).all() for name in old)
     foreign = tiny_model(tmp_path / "foreign.gguf", context_length=2048, seed=9)
-    report = move(read_adapter(kind), open_base(str(foreign)), out, by="")
+    better = tmp_path / "better.gguf"  # a random model recovers little: let it have been much
+    copy_adapter(read_adapter(kind), better, {"superego.kl_recovered": 0.99})
+    report = move(read_adapter(better), open_base(str(foreign)), out, by="")
     assert report["done"] == "recompiled"
     assert "below what the file says" in report["why"]
     assert same_weights(read_adapter(out), open_base(str(foreign))) is True
@@ -79,3 +81,17 @@ def test_bad_input_is_refused(kind: Path, tmp_path: Path) -> None:
     small = str(tiny_model(tmp_path / "s.gguf", d_model=128, context_length=64))
     assert "context of 64" in refused("move", str(kind), "--base", small, "-o", out)
     assert not Path(out).exists()
+
+
+def test_a_calibrated_adapter_is_measured_at_the_strength_its_figure_is_for(
+    kind: Path, tmp_path: Path
+) -> None:
+    same = open_base(str(kind.parent / "base.gguf"))
+    plain = move(read_adapter(kind), same, tmp_path / "plain.gguf", margin=1, by="")
+    weaker = tmp_path / "weaker.gguf"
+    copy_adapter(read_adapter(kind), weaker, {"superego.calibration.scale": 0.5}, strength=0.5)
+    report = move(read_adapter(weaker), same, tmp_path / "out.gguf", margin=1, by="")
+    measured = "KL recovered on the new base"
+    assert report[measured] == pytest.approx(plain[measured], abs=1e-3)
+    moved = read_adapter(tmp_path / "out.gguf")
+    assert moved.alpha == pytest.approx(0.5 * read_adapter(kind).alpha)

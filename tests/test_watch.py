@@ -94,7 +94,6 @@ def test_watching_goes_on_whatever_is_saved(tmp_path: Path, workshop: Workshop) 
 
 
 def test_on_the_real_model_a_save_changes_the_reply(smollm2: BaseModel, tmp_path: Path) -> None:
-    """The first turn's references are the pirate's, which the suite has cached."""
     workshop = Workshop(smollm2, tmp_path / "out.gguf", ["What should I have for lunch?"])
     first = workshop.turn(bundled()["pirate"])
     (_, before, now) = first.replies[0]
@@ -122,3 +121,5 @@ def test_the_command_prints_one_json_line_a_turn(tmp_path: Path) -> None:
     assert "before" in shown.stdout
     assert "seconds: notice" in shown.stdout
     assert "no such file" in refused("watch", str(tmp_path / "x.md"), "--base", str(base))
+    assert "is the manifesto itself" in refused(*arguments, "-o", str(path))
+    assert path.read_text() == "Be kind."
