@@ -17,13 +17,17 @@ import superego
 from superego.adapter import Adapter, write_adapter
 from superego.atomic import check_writable
 from superego.errors import SuperegoError
+from superego.history import with_entry
 from superego.pairs import read_pairs
 
 METHOD = "blend"
 
 
 def blend(
-    parts: Sequence[tuple[Adapter, float]], output: Path, rank: int | None = None
+    parts: Sequence[tuple[Adapter, float]],
+    output: Path,
+    rank: int | None = None,
+    by: str | None = None,
 ) -> dict[str, Any]:
     """Write one adapter that does what these do together, each at its scale.
 
@@ -56,11 +60,13 @@ def blend(
         }
         for adapter, scale in parts
     ]
+    names = [f"{adapter.name} × {scale:g}" for adapter, scale in parts]
     metadata: dict[str, str | int | float] = {
         "general.name": " + ".join(f"{a.name}:{scale:g}" for a, scale in parts),
         "superego.version": superego.__version__,
         "superego.method": METHOD,
         "superego.blend": json.dumps(described, ensure_ascii=False),
+        "superego.history": with_entry(None, "blend", by, of=" and ".join(names)),
     }
     made_from = next((f for a, _ in parts if (f := a.own.get("base.fingerprint"))), None)
     if made_from is not None:
@@ -72,7 +78,7 @@ def blend(
     return {
         "adapter": str(output),
         "bytes": output.stat().st_size,
-        "parts": [f"{a.name} × {scale:g}" for a, scale in parts],
+        "parts": names,
         "matrices": len(pairs),
         "rank": max(len(a) for a, _ in pairs.values()),
         "rank cut error": round(error, 5),

@@ -30,14 +30,17 @@ from superego.progress import Steps
 @click.argument("personas", nargs=-1, required=True, metavar="A[:SCALE] B[:SCALE]...")
 @output_option
 @click.option("--rank", type=click.IntRange(1, 4096), help="Cut to this rank; exact by default.")
+@by_option
 @json_option
-def blend(personas: tuple[str, ...], output: Path, rank: int | None, as_json: bool) -> None:
+def blend(
+    personas: tuple[str, ...], output: Path, rank: int | None, by: str | None, as_json: bool
+) -> None:
     """Write one adapter that does what several do together, each at its scale."""
     from superego.blend import blend as write
 
     if len(personas) < 2 and rank is None:
         raise SuperegoError("blend needs two adapters or more (or one with --rank)")
-    result = write([parse_persona(text) for text in personas], output, rank)
+    result = write([parse_persona(text) for text in personas], output, rank, by)
     click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else table(result))
     click.echo(f"Use it:\n  superego chat --base BASE --persona {output}", err=True)
 

@@ -68,17 +68,18 @@ def _entries(adapter: Adapter, key: str, needed: tuple[str, ...]) -> list[dict[s
     return found
 
 
-def with_entry(adapter: Adapter, action: str, by: str | None, **details: Any) -> str:
+def with_entry(adapter: Adapter | None, action: str, by: str | None, **details: Any) -> str:
     """The text for `superego.history` with one more entry, dated now (UTC).
 
-    `by` None is the user's login name, "" nobody. SOURCE_DATE_EPOCH, where it is set, is
-    the date, so that builds can be repeated byte for byte.
+    `adapter` None begins a history. `by` None is the user's login name, "" nobody.
+    SOURCE_DATE_EPOCH, where it is set, is the date, so that builds can be repeated byte for byte.
     """
     entry: dict[str, Any] = {"action": action, "date": _now()}
     name = _login() if by is None else by
     if name:
         entry["by"] = name
-    return json.dumps([*history_of(adapter), {**entry, **details}], ensure_ascii=False)
+    before = history_of(adapter) if adapter is not None else []
+    return json.dumps([*before, {**entry, **details}], ensure_ascii=False)
 
 
 def _now() -> str:

@@ -71,6 +71,7 @@ def test_on_the_real_model_too(pirate: Path, smollm2: BaseModel, tmp_path: Path)
     with superego.attach(live, out):
         one = logits(live)
     assert np.abs(one - both).max() < 0.02 * np.abs(both - bare).max()
+    assert "of: pirate × 0.7 and other × 0.5" in run("log", str(out)).stdout
     assert "is a blend of pirate × 0.7 and other × 0.5" in refused(
         "evaluate", str(out), "--base", "smollm2"
     )
