@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from watchfiles import watch as changes
+
 import superego
 from superego.atomic import check_writable
 from superego.base import BaseModel
@@ -66,8 +69,6 @@ class Workshop:
     quiet: bool = True  # no progress on stderr
 
     def __post_init__(self) -> None:
-        import torch
-
         check_writable(self.output)
         torch.set_num_threads(self.threads or default_threads())
         torch.set_grad_enabled(False)
@@ -138,8 +139,6 @@ def watch(path: Path, workshop: Workshop, stop: threading.Event) -> Iterator[Tur
     one. A file that is gone, half-written or broken is a Problem, and the next save is
     waited for. Raises SuperegoError where the folder is not there.
     """
-    from watchfiles import watch as changes
-
     path = path.absolute()
     if not path.parent.is_dir():
         raise SuperegoError(f"{path}: folder {path.parent} does not exist")

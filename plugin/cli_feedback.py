@@ -80,11 +80,9 @@ def amend(
     with Steps() as steps:
         result = module.amend(adapter, text, model, output, effort, by, threads, steps)
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
-    click.echo(
-        f"Use it:\n  superego chat --base {base} --persona {output}\n"
-        f"  superego diff {persona} {output} --base {base}",
-        err=True,
-    )
+    click.echo(f"Use it:\n  superego chat --base {base} --persona {output}", err=True)
+    if persona.absolute() != output.absolute():
+        click.echo(f"  superego diff {persona} {output} --base {base}", err=True)
 
 
 @click.command()
