@@ -15,7 +15,7 @@ from typing import Any
 from superego.adapter import Adapter
 from superego.base import BaseModel
 from superego.converters.compile import Opened, Settings, compile_manifesto
-from superego.converters.kept import STRICT, Known
+from superego.converters.kept import Known
 from superego.errors import SuperegoError
 from superego.exchanges import kept_references
 from superego.gguf_file import Header
@@ -65,10 +65,9 @@ def settings_of(adapter: Adapter, effort: str | None = None) -> Settings:
         raise SuperegoError(f"{adapter.path}: superego.settings is damaged") from None
 
 
-def known_replies(adapter: Adapter, base: Header, regret: float = STRICT) -> Known:
+def known_replies(adapter: Adapter, base: Header) -> Known:
     """The adapter's references by prompt; none for a base with another vocabulary."""
-    replies = {tuple(prompt): reply for prompt, reply in kept_references(adapter, base)}
-    return Known(replies, regret)
+    return {tuple(prompt): reply for prompt, reply in kept_references(adapter, base)}
 
 
 def amend(

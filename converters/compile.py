@@ -143,7 +143,7 @@ def compile_manifesto(
         steps.update("writing references", done, total)
 
     kept = cached = 0
-    if known is not None and known.replies:
+    if known:
         conversations, kept = renew(llm, base, prompts, known, settings.blocks, told)
     else:
         conversations, cached = write_replies(

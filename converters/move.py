@@ -5,10 +5,11 @@ Knows when an adapter still fits. Does not know why the base changed.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from superego.adapter import Adapter, mismatches
+from superego.adapter import Adapter, mismatches, read_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.amend import known_replies, settings_of
@@ -38,18 +39,23 @@ def still_recovers(
     if not exchanges or not isinstance(n, int) or not 0 < n <= len(exchanges):
         return None
     unseen = exchanges[-n:]
-    strength = 1 / float(adapter.own.get("calibration.scale", 1.0))
     llm = load(model, n_ctx=256, threads=threads)
     template = ChatTemplate(model.header)
     fronts = [encode(llm, template, s, []).prefix for s in (manifesto_of(adapter).body, None)]
-    kls = divergences(
-        llm,
-        Variant(fronts[0], (0.0,)),
-        [Variant(fronts[1], (0.0,)), Variant(fronts[1], (strength,))],
-        [adapter],
-        unseen,
-        lambda done, total: steps.update("measuring on the new base", done, total),
-    ).mean(axis=1)
+    with tempfile.TemporaryDirectory(prefix="superego-") as folder:
+        scale = float(adapter.own.get("calibration.scale", 1.0))
+        if scale != 1:
+            whole = Path(folder) / "whole.gguf"
+            copy_adapter(adapter, whole, {}, strength=1 / scale)
+            adapter = read_adapter(whole)
+        kls = divergences(
+            llm,
+            Variant(fronts[0], (0.0,)),
+            [Variant(fronts[1], (0.0,)), Variant(fronts[1], (1.0,))],
+            [adapter],
+            unseen,
+            lambda done, total: steps.update("measuring on the new base", done, total),
+        ).mean(axis=1)
     return 1 - float(kls[1] / max(kls[0], 1e-9))
 
 

@@ -23,7 +23,7 @@ from superego.base import BaseModel
 from superego.chat import Chat
 from superego.converters.amend import known_replies
 from superego.converters.compile import Opened, Settings, compile_manifesto, open_for_compile
-from superego.converters.kept import HASTY, Known
+from superego.converters.kept import Known
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto, read_manifesto
 from superego.progress import Steps
@@ -108,7 +108,7 @@ class Workshop:
         before, self._said = self._said, [self._reply(q) for q in self.questions]
         self.last = manifesto
         if adapter is not None:
-            self._known = known_replies(adapter, self.model.header, HASTY)
+            self._known = known_replies(adapter, self.model.header)
         now = time.perf_counter()
         stages = report["seconds"]
         seconds = {

@@ -7,11 +7,12 @@ llama.cpp on messages that are neither the fit's references nor held-out prompts
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from superego.adapter import Adapter
+from superego.adapter import Adapter, read_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.dialogue import encode
@@ -19,7 +20,7 @@ from superego.errors import SuperegoError
 from superego.evaluate import Drift
 from superego.exchanges import unused_prompts
 from superego.history import manifesto_of, with_entry
-from superego.pairs import copy_adapter
+from superego.pairs import copy_adapter, slot_ranks
 from superego.replay import Variant, divergences, replies
 from superego.runtime import load, stop_tokens
 from superego.template import ChatTemplate
@@ -63,10 +64,10 @@ def calibrate(
     """Find the scale, and write the adapter so that scale 1 means it from now on.
 
     `limit` is the most KL(0‖S) on neutral text, nats; None takes the system message's own
-    KL(0‖T) there. The scale goes into alpha, which every runtime applies, and into
-    `superego.calibration.*`. `output` may be the adapter's own file. Returns the points
-    measured. Raises SuperegoError for an adapter without a manifesto, or a limit that no
-    scale keeps.
+    KL(0‖T) there. The scale goes into the matrices, which every runtime applies, and into
+    `superego.calibration.*`. A slot's mark and keys keep theirs (pairs.py). `output` may be the
+    adapter's own file. Returns the points measured. Raises SuperegoError for an adapter without
+    a manifesto, or a limit that no scale keeps.
     """
     check_writable(output)
     manifesto = manifesto_of(adapter)
@@ -76,33 +77,44 @@ def calibrate(
     teacher = encode(llm, template, manifesto.body, messages)
     student = encode(llm, template, None, messages)
     progress("the system message's replies", 0, 1)
-    front = Variant(teacher.prefix, (0.0,))
-    said = replies(llm, front, [adapter], teacher.rest, _TOKENS, stop_tokens(llm))
-    progress("the system message's replies", 1, 1)
-    exchanges = list(zip(teacher.rest, said, strict=True))
+    with tempfile.TemporaryDirectory(prefix="superego-") as folder:
+        adapters = [adapter]
+        if slot_ranks(adapter):
+            alone = Path(folder) / "slot.gguf"
+            copy_adapter(adapter, alone, {}, strength=0.0)
+            adapters.append(read_adapter(alone))
+        nothing = (0.0,) * len(adapters)
+        front = Variant(teacher.prefix, nothing)
 
-    kls = divergences(
-        llm,
-        front,
-        [Variant(student.prefix, (s,)) for s in (0.0, *SCALES)],
-        [adapter],
-        exchanges,
-        lambda done, total: progress("measuring scales", done, total),
-    ).mean(axis=1)
-    recovered = dict(zip(SCALES, map(float, 1 - kls[1:] / max(float(kls[0]), 1e-9)), strict=True))
-    drifts: dict[float, float] = {}
-    with Drift(llm, model, [(adapter, 1.0)]) as neutral:
+        def at(scale: float) -> tuple[float, ...]:
+            # the whole, and as much of the slot as makes one of it
+            return (scale, 1 - scale)[: len(adapters)]
 
-        def drift(scale: float) -> float:
-            if scale not in drifts:
-                progress("measuring drift", len(drifts), len(SCALES))
-                drifts[scale] = neutral.of([scale])
-            return drifts[scale]
+        said = replies(llm, front, adapters, teacher.rest, _TOKENS, stop_tokens(llm))
+        progress("the system message's replies", 1, 1)
+        kls = divergences(
+            llm,
+            front,
+            [Variant(student.prefix, scales) for scales in (nothing, *map(at, SCALES))],
+            adapters,
+            list(zip(teacher.rest, said, strict=True)),
+            lambda done, total: progress("measuring scales", done, total),
+        ).mean(axis=1)
+        rates = map(float, 1 - kls[1:] / max(float(kls[0]), 1e-9))
+        recovered = dict(zip(SCALES, rates, strict=True))
+        drifts: dict[float, float] = {}
+        with Drift(llm, model, [(each, 0.0) for each in adapters]) as neutral:
 
-        system = neutral.of_system(teacher)
-        bound = system if limit is None else limit
-        best = choose(recovered, drift, bound)
-        drift(1.0)
+            def drift(scale: float) -> float:
+                if scale not in drifts:
+                    progress("measuring drift", len(drifts), len(SCALES))
+                    drifts[scale] = neutral.of(at(scale))
+                return drifts[scale]
+
+            system = neutral.of_system(teacher)
+            bound = system if limit is None else limit
+            best = choose(recovered, drift, bound)
+            drift(1.0)
     before = adapter.own.get("calibration.scale", 1.0)
     copy_adapter(
         adapter,

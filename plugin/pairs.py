@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter, dequantize
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, dequantize
 
 from superego.adapter import Adapter
 from superego.atomic import replacing
@@ -34,6 +34,30 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def slot_ranks(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The ranks (r,) of each pair that make a slot: its mark and keys; empty without a slot.
+
+    They act at scale 1 only: a key a tenth too long draws several times the attention. The
+    slot's values and all other pairs can be weakened. A slot is known by one neuron whose gate
+    is replaced.
+    """
+    pairs = read_pairs(adapter)
+    for name, (_, b) in pairs.items():
+        layer, _, matrix = name.removesuffix(".weight").rpartition(".")
+        if matrix == "ffn_gate" and b.shape[1] == 1 and np.count_nonzero(b) == 1:
+            neuron = int(np.abs(b[:, 0]).argmax())
+            break
+    else:
+        return {}
+    found = {}
+    for name, (a, _) in pairs.items():
+        if name.endswith((".ffn_gate.weight", ".ffn_up.weight", ".attn_k.weight")):
+            found[name] = np.ones(len(a), bool)
+        elif name == f"{layer}.ffn_down.weight":
+            found[name] = a[:, neuron] != 0
+    return found
+
+
 def copy_adapter(
     adapter: Adapter,
     output: Path,
@@ -42,10 +66,11 @@ def copy_adapter(
 ) -> None:
     """Write the same tensors with some metadata replaced, and scale 1 meaning `strength`.
 
-    The strength goes into `adapter.lora.alpha`, which every runtime applies; where alpha is 0,
-    which means "not used", into the B matrices. `output` may be the adapter's own file.
-    Raises SuperegoError for errors of the file system.
+    The strength goes into the B matrices, which every runtime applies, those of a slot's mark
+    and keys apart. `output` may be the adapter's own file. Raises SuperegoError for errors of
+    the file system.
     """
+    fixed = slot_ranks(adapter) if strength != 1.0 else {}
     raw = np.array(np.memmap(adapter.path, np.uint8, mode="r"))  # the file may be replaced
     old = adapter.header.metadata
     with replacing(output) as temporary:
@@ -54,15 +79,17 @@ def copy_adapter(
             if key == "general.architecture" or key.startswith("GGUF."):
                 continue  # the writer has put it there
             if key == "adapter.lora.alpha":
-                writer.add_float32(key, adapter.alpha * strength)
+                writer.add_float32(key, adapter.alpha)
             else:
                 _add(writer, key, value)
         for name, tensor in adapter.header.tensors.items():
             rows = raw[tensor.offset : tensor.offset + tensor.n_bytes]
-            if strength != 1.0 and not adapter.alpha and name.endswith(".lora_b"):
+            if strength != 1.0 and name.endswith(".lora_b"):
                 values = dequantize(rows.reshape(tensor.shape[0], -1), tensor.type)
-                values = values.reshape(tensor.shape) * np.float32(strength)
-                writer.add_tensor(name, values.astype(np.float32))
+                kept = fixed.get(name.removesuffix(".lora_b"), np.zeros(tensor.shape[1], bool))
+                values = values.reshape(tensor.shape) * np.where(kept, 1.0, strength)
+                half = tensor.type == GGMLQuantizationType.F16
+                writer.add_tensor(name, values.astype(np.float16 if half else np.float32))
             else:
                 bytes_shape = (tensor.shape[0], tensor.n_bytes // tensor.shape[0])
                 writer.add_tensor(name, rows.reshape(bytes_shape), raw_dtype=tensor.type)

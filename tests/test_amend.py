@@ -16,7 +16,7 @@ from superego.base import BaseModel, open_base
 from superego.bundled import bundled
 from superego.converters.amend import amend, amended, known_replies, settings_of
 from superego.converters.compile import Settings, compile_manifesto, open_for_compile
-from superego.converters.kept import Known, regrets, renew
+from superego.converters.kept import regrets, renew
 from superego.converters.references import prepare, seeds, write_replies
 from superego.converters.streams import Conversation
 from superego.exchanges import kept_references, unused_prompts
@@ -50,7 +50,7 @@ def test_on_the_real_model_most_references_are_kept(
     result = run("amend", str(path), text, "--base", "smollm2", "-o", str(out), "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert 32 < report["references kept"] < report["references"]
+    assert 32 < report["references kept"] <= report["references"]
     recovered = "kl recovered on unseen references"
     assert report[recovered] > before[recovered] - 0.1
     assert f"superego chat --base smollm2 --persona {out}" in result.stderr
@@ -75,7 +75,7 @@ def test_the_teachers_own_replies_have_no_regret_and_others_have(base: Path) -> 
     assert min(r for r, _ in regrets(opened.base, prompts.prefixes.teacher, foreign)) > 0.1
     pairs = enumerate(zip(own, foreign, strict=True))
     half = {tuple(c.prompt): (c if i % 2 else f).reply for i, (c, f) in pairs}
-    again, kept = renew(llm, opened.base, prompts, Known(half), 1, lambda done, total: None)
+    again, kept = renew(llm, opened.base, prompts, half, 1, lambda done, total: None)
     assert kept == len(own) // 2
     same = [a.reply == b.reply for a, b in zip(again, own, strict=True)]
     # rounding may turn a near tie of a random model; the foreign replies must all be gone
@@ -136,7 +136,7 @@ def test_unused_prompts_are_not_what_the_fit_saw(base: Path, kind: Path) -> None
     found = unused_prompts(llm, model.header, [adapter], 24)
     assert len(set(found)) == 24
     assert not set(found) & set(seeds(0)[: QUICK.messages])
-    assert len(known_replies(adapter, model.header).replies) == QUICK.messages
+    assert len(known_replies(adapter, model.header)) == QUICK.messages
 
 
 def test_bad_input_is_refused_and_nothing_is_written(

@@ -21,7 +21,7 @@ from superego.errors import SuperegoError
 from superego.evaluate import bundled
 from superego.history import history_of
 from superego.manifesto import parse_manifesto
-from superego.pairs import copy_adapter
+from superego.pairs import copy_adapter, read_pairs
 from superego.runtime import load
 
 RECOVERED = {0.5: 0.4, 1.0: 0.8, 1.2: 0.9, 1.5: 0.9}
@@ -37,7 +37,7 @@ def test_the_most_recovered_within_the_limit_is_chosen() -> None:
 
 
 def test_scale_one_of_the_copy_is_the_stored_strength(tmp_path: Path) -> None:
-    """On an F32 base, where nothing but the last bit of alpha is rounded."""
+    """On an F32 base, where nothing but B is rounded."""
     base = tiny_model(tmp_path / "base.gguf", kind=GGMLQuantizationType.F32)
     live = load(open_base(str(base)), n_ctx=256)
     down, q = "blk.0.ffn_down.weight", "blk.1.attn_q.weight"
@@ -45,7 +45,7 @@ def test_scale_one_of_the_copy_is_the_stored_strength(tmp_path: Path) -> None:
     out, plain = tmp_path / "copy.gguf", tmp_path / "plain.gguf"
     copy_adapter(read_adapter(path), out, {"superego.more": 7}, strength=0.8)
     before, after = read_adapter(path), read_adapter(out)
-    assert after.alpha == pytest.approx(0.8 * before.alpha)
+    assert after.alpha == before.alpha
     assert {**before.own, "more": 7} == after.own
 
     def close(persona: Path, original: Path, scale: float) -> None:
@@ -58,7 +58,7 @@ def test_scale_one_of_the_copy_is_the_stored_strength(tmp_path: Path) -> None:
         assert np.abs(wanted - found).max() < 0.01 * effect
 
     close(out, path, 0.8)
-    # where alpha says "not used", the strength is in B
+    # where alpha says "not used" too
     raw = bytearray(path.read_bytes())
     at = raw.index(b"adapter.lora.alpha") + len(b"adapter.lora.alpha") + 4
     raw[at : at + 4] = b"\0\0\0\0"
@@ -74,16 +74,20 @@ def test_on_the_real_model(
     pirate: Path, smollm2: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With few messages, scales and texts, for time."""
-    monkeypatch.setattr("superego.calibrate.SCALES", (0.5, 0.7, 1.0))
+    monkeypatch.setattr("superego.calibrate.SCALES", (0.4, 0.7, 1.0))
     monkeypatch.setattr("superego.evaluate.bundled", lambda name: bundled(name)[:16])
     out = tmp_path / "out.gguf"
     report = calibrate(read_adapter(pirate), smollm2, out, limit=0.08, n_prompts=4, by="")
     recovered = [p["KL recovered"] for p in report["points"]]
-    assert 0.2 < recovered[0] < recovered[1] < recovered[2]
+    assert 0.3 < recovered[0] < recovered[1] < recovered[2]
     assert report["drift"] <= 0.08 < report["drift at scale 1 before"]
     assert report["scale"] < 1
     adapter = read_adapter(out)
-    assert adapter.alpha == pytest.approx(adapter.rank * report["scale"])
+    (old, new) = (read_pairs(read_adapter(p)) for p in (pirate, out))
+    for name, (_, b) in old.items():
+        factor = 1 if name.endswith(("attn_k.weight", "ffn_gate.weight")) else report["scale"]
+        if "ffn_down" not in name and "ffn_up" not in name:
+            assert np.allclose(new[name][1], factor * b, rtol=2e-3, atol=1e-5)
     assert adapter.own["calibration.scale"] == pytest.approx(report["scale"])
     assert history_of(adapter)[-1]["action"] == "calibrate"
 
@@ -103,7 +107,6 @@ def test_the_command_in_place_and_its_refusals(tmp_path: Path) -> None:
     adapter = read_adapter(path)
     scales = [e["scale"] for e in history_of(adapter)]
     assert adapter.own["calibration.scale"] == pytest.approx(np.prod(scales))
-    assert adapter.alpha == pytest.approx(8 * np.prod(scales))
     assert json.loads(result.stdout)["prompts"] == 16
     missing = str(tmp_path / "none" / "x.gguf")
     assert "does not exist" in refused(*arguments, "-o", missing)
