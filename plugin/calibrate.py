@@ -65,7 +65,7 @@ def calibrate(
 
     `limit` is the most KL(0‖S) on neutral text, nats; None takes the system message's own
     KL(0‖T) there. The scale goes into the matrices, which every runtime applies, and into
-    `superego.calibration.*`. A slot's mark and keys keep theirs (pairs.py). `output` may be the
+    `superego.calibration.*`. A slot keeps its strength (pairs.py). `output` may be the
     adapter's own file. Returns the points measured. Raises SuperegoError for an adapter without
     a manifesto, or a limit that no scale keeps.
     """

@@ -16,6 +16,8 @@ from superego.adapter import Adapter
 from superego.atomic import replacing
 from superego.gguf_file import TensorInfo
 
+_SLOT_MATRICES = ("ffn_gate.weight", "ffn_up.weight", "attn_k.weight", "attn_v.weight")
+
 
 def read_pairs(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every pair as float32, A (r, in) and B (out, r), B times alpha/rank: ΔW = B A at scale 1."""
@@ -35,11 +37,11 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def slot_ranks(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The ranks (r,) of each pair that make a slot: its mark and keys; empty without a slot.
+    """The ranks (r,) of each pair that make a slot: mark, keys, values; empty without a slot.
 
-    They act at scale 1 only: a key a tenth too long draws several times the attention. The
-    slot's values and all other pairs can be weakened. A slot is known by one neuron whose gate
-    is replaced.
+    They act at scale 1 only: they replace what the mark makes of the token's keys and values,
+    and a key a tenth too long draws several times the attention. All other ranks can be
+    weakened. A slot is known by one neuron whose gate is replaced.
     """
     pairs = read_pairs(adapter)
     for name, (_, b) in pairs.items():
@@ -51,7 +53,7 @@ def slot_ranks(adapter: Adapter) -> dict[str, np.ndarray]:
         return {}
     found = {}
     for name, (a, _) in pairs.items():
-        if name.endswith((".ffn_gate.weight", ".ffn_up.weight", ".attn_k.weight")):
+        if name.endswith(_SLOT_MATRICES):
             found[name] = np.ones(len(a), bool)
         elif name == f"{layer}.ffn_down.weight":
             found[name] = a[:, neuron] != 0
@@ -66,9 +68,8 @@ def copy_adapter(
 ) -> None:
     """Write the same tensors with some metadata replaced, and scale 1 meaning `strength`.
 
-    The strength goes into the B matrices, which every runtime applies, those of a slot's mark
-    and keys apart. `output` may be the adapter's own file. Raises SuperegoError for errors of
-    the file system.
+    The strength goes into the B matrices, which every runtime applies, those of a slot apart.
+    `output` may be the adapter's own file. Raises SuperegoError for errors of the file system.
     """
     fixed = slot_ranks(adapter) if strength != 1.0 else {}
     raw = np.array(np.memmap(adapter.path, np.uint8, mode="r"))  # the file may be replaced

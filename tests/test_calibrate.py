@@ -79,14 +79,14 @@ def test_on_the_real_model(
     out = tmp_path / "out.gguf"
     report = calibrate(read_adapter(pirate), smollm2, out, limit=0.08, n_prompts=4, by="")
     recovered = [p["KL recovered"] for p in report["points"]]
-    assert 0.3 < recovered[0] < recovered[1] < recovered[2]
+    assert min(recovered) > 0.5, "a slot keeps its strength, or little would be recovered"
     assert report["drift"] <= 0.08 < report["drift at scale 1 before"]
     assert report["scale"] < 1
     adapter = read_adapter(out)
     (old, new) = (read_pairs(read_adapter(p)) for p in (pirate, out))
     for name, (_, b) in old.items():
-        factor = 1 if name.endswith(("attn_k.weight", "ffn_gate.weight")) else report["scale"]
-        if "ffn_down" not in name and "ffn_up" not in name:
+        factor = report["scale"] if name.endswith("attn_output.weight") else 1
+        if not name.endswith("ffn_down.weight"):  # which holds the mark and the fit
             assert np.allclose(new[name][1], factor * b, rtol=2e-3, atol=1e-5)
     assert adapter.own["calibration.scale"] == pytest.approx(report["scale"])
     assert history_of(adapter)[-1]["action"] == "calibrate"
