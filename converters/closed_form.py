@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from superego.converters.slot import Probe, find_slot, write_cell
+from superego.converters.slot import Probe, Slot, find_slot, write_cell
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -55,6 +55,7 @@ def solve(
     rank: int,
     ridges: Mapping[str, float],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    slots: dict[tuple[int, ...], Slot | None] | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 
@@ -65,13 +66,18 @@ def solve(
 
     Where the student's prefix has a token that can be told from all others, its keys and
     values are first made to stand for the manifesto's (slot.py), and the fit mends the rest.
+    `slots` holds those of earlier fits on this base, by student prefix: its slot is looked for
+    once. Without it every fit looks for its own.
     """
     teacher = Streams(base, Pack(conversations, prefixes.teacher))
     student = Streams(base, Pack(conversations, prefixes.student))
     bare = Streams(base, Pack(conversations[:1], prefixes.student))  # for its prefix alone
     own = len(prefixes.student) - prefixes.common  # prefix rows without a twin: kept as they are
     weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
-    slot = find_slot(base, conversations, prefixes.student, own)
+    slots, key = ({} if slots is None else slots), tuple(prefixes.student)
+    if key not in slots:
+        slots[key] = find_slot(base, conversations, prefixes.student, own)
+    slot = slots[key]
     changes: Changes = dict(slot.changes) if slot else {}
     if slot:
         probe = Probe(

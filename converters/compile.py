@@ -10,9 +10,10 @@ import json
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -23,6 +24,7 @@ from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.closed_form import solve
+from superego.converters.kept import Known, renew, stored
 from superego.converters.references import (
     BLOCKS,
     LONG_REPLY,
@@ -33,12 +35,16 @@ from superego.converters.references import (
     write_replies,
 )
 from superego.converters.shape import read_shape
+from superego.converters.slot import Slot
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.progress import Steps
 from superego.runtime import default_threads, load
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 METHOD = "closed-form"
 
@@ -54,11 +60,12 @@ class Settings:
     ridge: float  # of attn_output
     ridge_ffn: float  # of ffn_down, whose inputs predict less and have more columns
     seed: int
+    most: int | None = None  # references; None: all of the blocks
 
     @property
     def messages(self) -> int:
         """How many reference messages are answered."""
-        return sum(BLOCKS[: self.blocks])
+        return sum(BLOCKS[: self.blocks]) if self.most is None else self.most
 
     @classmethod
     def for_effort(cls, effort: str, rank: int | None = None, seed: int = 0) -> Settings:
@@ -75,6 +82,31 @@ class Settings:
         return known[effort] if rank is None else replace(known[effort], rank=rank)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A base opened for compiling: its tokenizer, its weights in memory, the matmul rate.
+
+    The slots that its fits have found stay with it.
+    """
+
+    llm: Llama
+    base: Base
+    rate: float  # GFLOP/s
+    slots: dict[tuple[int, ...], Slot | None] = field(default_factory=dict)
+
+
+def open_for_compile(model: BaseModel, llm: Llama, steps: Steps) -> Opened:
+    """Dequantize all layers into memory; raises SuperegoError where they do not fit."""
+    dtype, rate = probe_dtype()
+    _check_memory(model, dtype)
+    steps.update("reading the base", 0, 1)
+    base = Base(model.header, dtype, resident=True)
+    for index in range(base.shape.n_layer):
+        base.layer(index)
+        steps.update("reading the base", index + 1, base.shape.n_layer)
+    return Opened(llm, base, rate)
+
+
 def compile_manifesto(
     manifesto: Manifesto,
     model: BaseModel,
@@ -83,10 +115,16 @@ def compile_manifesto(
     threads: int | None = None,
     use_cache: bool = True,
     steps: Steps | None = None,
+    opened: Opened | None = None,
+    known: Known | None = None,
+    extra: Mapping[str, str | int | float] | None = None,
 ) -> dict[str, Any]:
     """Write an adapter for `model` to `output`; returns what was done and what it cost.
 
-    Raises SuperegoError for a base or manifesto that cannot be compiled, before any work.
+    `opened` is the base where it is in memory already. `known` are replies to keep where
+    this manifesto's teacher would say the same; the others are written, without the cache.
+    `extra` is metadata to add. Raises SuperegoError for a base or manifesto that cannot be
+    compiled, before any work.
     """
     steps = steps or Steps(quiet=True)
     started = time.perf_counter()
@@ -94,27 +132,24 @@ def compile_manifesto(
     read_shape(model.header)  # refuses what the walk cannot do, before any work
     torch.set_num_threads(threads or default_threads())
     torch.set_grad_enabled(False)
-    llm = load(model, threads=threads, vocab_only=True)
+    llm = opened.llm if opened else load(model, threads=threads, vocab_only=True)
     prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
-    dtype, rate = probe_dtype()
-    _check_memory(model, dtype)
-    steps.update("reading the base", 0, 1)
-    base = Base(model.header, dtype, resident=True)
-    for index in range(base.shape.n_layer):
-        base.layer(index)
-        steps.update("reading the base", index + 1, base.shape.n_layer)
+    opened = opened or open_for_compile(model, llm, steps)
+    base, rate = opened.base, opened.rate
     seconds = {"load": time.perf_counter() - started}
 
     mark = time.perf_counter()
-    conversations, cached = write_replies(
-        llm,
-        base,
-        model.fingerprint,
-        prompts,
-        settings.blocks,
-        use_cache,
-        lambda done, total: steps.update("writing references", done, total),
-    )
+
+    def told(done: int, total: int) -> None:
+        steps.update("writing references", done, total)
+
+    kept = cached = 0
+    if known:
+        conversations, kept = renew(llm, base, prompts, known, settings.blocks, told)
+    else:
+        conversations, cached = write_replies(
+            llm, base, model.fingerprint, prompts, settings.blocks, use_cache, told
+        )
     seconds["references"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
@@ -128,6 +163,7 @@ def compile_manifesto(
         rank,
         {"attn_output": settings.ridge, "ffn_down": settings.ridge_ffn},
         lambda done, total: steps.update("solving layers", done, total),
+        opened.slots,
     )
     seconds["fit"] = time.perf_counter() - mark
 
@@ -151,7 +187,12 @@ def compile_manifesto(
         output,
         model.architecture,
         pairs(changes),
-        _metadata(manifesto, model, settings, rank, tokens, recovered, dtype),
+        {
+            **_metadata(manifesto, model, settings, rank, tokens, recovered, base.dtype),
+            "superego.references": stored(model, conversations),
+            "superego.references.unseen": len(unseen),  # the last ones
+            **(extra or {}),
+        },
     )
     seconds["write"] = time.perf_counter() - mark
     seconds["total"] = time.perf_counter() - started
@@ -164,12 +205,13 @@ def compile_manifesto(
         "rank": rank,
         "references": len(conversations),
         "references from cache": cached,
+        "references kept": kept,
         "reference tokens": tokens,
         "kl recovered on unseen references": round(recovered, 4),
         "kl base": round(kl_base, 4),
         "kl adapter": round(kl_adapter, 4),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "compute type": str(dtype).removeprefix("torch."),
+        "compute type": str(base.dtype).removeprefix("torch."),
         "matmul peak GFLOP/s": round(rate),
         "fit GFLOP/s": round(fit_operations(base, rows) / seconds["fit"] / 1e9),
         "peak memory MB": _peak_memory() // 2**20,

@@ -19,12 +19,15 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_feedback import amend, diff, log, watch
 from superego.cli_library import add, remove
 from superego.cli_merge import is_merged, merge, show_merged
 from superego.cli_ollama import export_ollama, ollama
 from superego.cli_report import report
 from superego.cli_sources import tag
+from superego.cli_strength import blend, calibrate, move
 from superego.errors import SuperegoError
+from superego.history import manifesto_of
 from superego.options import (
     base_option,
     converter,
@@ -344,12 +347,7 @@ def evaluate(
     for each, _ in checked:
         check_fit(each, model.header)
         warn_other_weights(each, model)
-    manifesto = checked[0][0].own.get("manifesto")
-    if not isinstance(manifesto, str):
-        raise SuperegoError(
-            f"{checked[0][0].path}: holds no superego.manifesto to compare with; "
-            "evaluate needs an adapter that superego made"
-        )
+    manifesto = manifesto_of(checked[0][0]).body
     messages = lines_of(prompts) if prompts else None
     with Steps() as steps:
         (report,) = measure(
@@ -416,6 +414,8 @@ def inspect(file: Path, base: str | None, as_json: bool) -> None:
         click.echo(json.dumps(info, indent=2))
         return
     metadata = info.pop("metadata")
+    if "superego.references" in metadata:
+        metadata["superego.references"] = f"{len(metadata['superego.references']):,} characters"
     click.echo(table(info))
     click.echo(table(metadata))
 
@@ -464,3 +464,5 @@ main.add_command(ollama)
 export.add_command(export_ollama)
 main.add_command(add)
 main.add_command(remove)
+for _command in (amend, log, diff, watch, blend, calibrate, move):
+    main.add_command(_command)

@@ -137,7 +137,9 @@ def evaluate(
             f"manifesto of {len(teacher.prefix)} tokens and prompts of up to {widest} do not "
             f"fit the model's context of {base.context_length}"
         )
-    drift = _drift(llm, base, teacher, adapters)
+    with Drift(llm, base, adapters) as drift:
+        drifts = [drift.of(_one_hot(i, adapters)) for i in range(len(adapters))]
+        drift_system = drift.of_system(teacher)
     everyone = [*adapters, *([foreign] if foreign else [])]
     trace = trace or Trace()
     trace.messages = messages
@@ -158,8 +160,8 @@ def evaluate(
                 kl_adapter=float(own_kl.mean()),
                 top1_base=float(rows["top1_0"][0].mean()),
                 top1_adapter=float(rows["top1_S"][i].mean()),
-                drift_adapter=drift[i + 1],
-                drift_system=drift[0],
+                drift_adapter=drifts[i],
+                drift_system=drift_system,
                 kl_with_system=float(rows["kl_TS"][i].mean()),
                 top1_with_system=float(rows["top1_TS"][i].mean()),
                 prompts=len(messages),
@@ -247,38 +249,48 @@ def _compare(
     return rows
 
 
-def _drift(
-    llm: Llama,
-    base: BaseModel,
-    teacher: Encoded,
-    adapters: Sequence[tuple[Adapter, float]],
-) -> list[float]:
-    """KL(0‖T), then KL(0‖S) of every adapter, at the token after plain neutral text."""
-    texts = [tokenize(llm, text) for text in bundled("neutral")]
-    widest = max(map(len, texts))
+class Drift:
+    """KL(0‖·) at the token after plain neutral text; open while a `with` block lasts.
 
-    def after(context: ParallelContext) -> np.ndarray:
+    Without a chat around it: plain text behind a begin token, or a newline where the model has
+    none, and for a system message behind that as it is rendered.
+    """
+
+    def __init__(
+        self, llm: Llama, base: BaseModel, adapters: Sequence[tuple[Adapter, float]]
+    ) -> None:
+        self._llm = llm
+        self._texts = [tokenize(llm, text) for text in bundled("neutral")]
+        self._widest = max(map(len, self._texts))
+        bos = base.header.metadata.get("tokenizer.ggml.bos_token_id")
+        wanted = base.header.metadata.get("tokenizer.ggml.add_bos_token")
+        plain = [bos] if wanted and isinstance(bos, int) else tokenize(llm, "\n")
+        self._context = ParallelContext(llm, plain, _GROUP, self._widest, adapters)
+        self._context.set_scales([0.0] * len(adapters))
+        self._bare = self._after(self._context)
+
+    def _after(self, context: ParallelContext) -> np.ndarray:
         out = []
-        for start in range(0, len(texts), _GROUP):
-            part = texts[start : start + _GROUP]
+        for start in range(0, len(self._texts), _GROUP):
+            part = self._texts[start : start + _GROUP]
             out += [log_softmax(x)[0] for x in context.read(part, [len(t) - 1 for t in part])]
         return np.stack(out)
 
-    # Without a chat around it: plain text behind a begin token (or a newline where the
-    # model has none), and for T behind the rendered system message.
-    bos = base.header.metadata.get("tokenizer.ggml.bos_token_id")
-    wanted = base.header.metadata.get("tokenizer.ggml.add_bos_token")
-    plain = [bos] if wanted and isinstance(bos, int) else tokenize(llm, "\n")
-    with ParallelContext(llm, plain, _GROUP, widest, adapters) as context:
-        context.set_scales(_one_hot(-1, adapters))
-        bare = after(context)
-        own = []
-        for i in range(len(adapters)):
-            context.set_scales(_one_hot(i, adapters))
-            own.append(float(kl(bare, after(context)).mean()))
-    with ParallelContext(llm, teacher.prefix, _GROUP, widest) as context:
-        system = float(kl(bare, after(context)).mean())
-    return [system, *own]
+    def of(self, scales: Sequence[float]) -> float:
+        """That of the adapters at these scales."""
+        self._context.set_scales(scales)
+        return float(kl(self._bare, self._after(self._context)).mean())
+
+    def of_system(self, teacher: Encoded) -> float:
+        """That of a system message."""
+        with ParallelContext(self._llm, teacher.prefix, _GROUP, self._widest) as context:
+            return float(kl(self._bare, self._after(context)).mean())
+
+    def __enter__(self) -> Drift:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.close()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -147,6 +148,16 @@ def tiny_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def requantized(base: BaseModel, path: Path, kind: int) -> Path:
+    """The same model with weights of another type, as llama-quantize writes it."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = kind
+    parameters.allow_requantize = True
+    files = str(base.path).encode(), str(path).encode()
+    assert not llama_cpp.llama_model_quantize(*files, parameters)
     return path
 
 

@@ -1,0 +1,142 @@
+"""Commands that change an adapter without a new manifesto: blend, calibrate, move.
+
+Knows options and output. Holds no logic of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from superego.adapter import check_fit, read_adapter
+from superego.base import open_base
+from superego.cli_feedback import by_option, effort_option, output_option
+from superego.errors import SuperegoError
+from superego.options import (
+    base_option,
+    converter,
+    json_option,
+    parse_persona,
+    table,
+    threads_option,
+    warn_other_weights,
+)
+from superego.progress import Steps
+
+
+@click.command()
+@click.argument("personas", nargs=-1, required=True, metavar="A[:SCALE] B[:SCALE]...")
+@output_option
+@click.option("--rank", type=click.IntRange(1, 4096), help="Cut to this rank; exact by default.")
+@by_option
+@json_option
+def blend(
+    personas: tuple[str, ...], output: Path, rank: int | None, by: str | None, as_json: bool
+) -> None:
+    """Write one adapter that does what several do together, each at its scale."""
+    from superego.blend import blend as write
+    from superego.pairs import slot_ranks
+
+    if len(personas) < 2 and rank is None:
+        raise SuperegoError("blend needs two adapters or more (or one with --rank)")
+    parts = [parse_persona(text) for text in personas]
+    result = write(parts, output, rank, by)
+    scales = [scale for adapter, scale in parts if slot_ranks(adapter)]
+    if scales and scales != [1.0]:
+        click.echo(
+            "Note: adapters with a slot act at scale 1 and one at a time; this blend is exact, "
+            "and so as far from its parts as they are together. Measure it before you use it.",
+            err=True,
+        )
+    click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else table(result))
+    click.echo(f"Use it:\n  superego chat --base BASE --persona {output}", err=True)
+
+
+@click.command()
+@click.argument("persona", type=click.Path(path_type=Path))
+@base_option
+@click.option(
+    "--limit",
+    type=click.FloatRange(0, min_open=True),
+    metavar="DRIFT",
+    help="The most off-target drift, nats; the system message's own by default.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT.gguf",
+    help="PERSONA itself by default.",
+)
+@by_option
+@threads_option
+@json_option
+def calibrate(
+    persona: Path,
+    base: str,
+    limit: float | None,
+    output: Path | None,
+    by: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Find the scale at which PERSONA recovers most within a drift limit, and store it.
+
+    From then on scale 1 means that scale, in every runtime.
+    """
+    from superego.calibrate import calibrate as find
+
+    adapter = read_adapter(persona)
+    model = open_base(base)
+    check_fit(adapter, model.header)
+    warn_other_weights(adapter, model)
+    path = output or persona
+    with Steps() as steps:
+        result = find(adapter, model, path, limit, threads=threads, by=by, progress=steps.update)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        points = result.pop("points")
+        click.echo(table(result))
+        click.echo("\nscale  KL recovered  drift")
+        for point in points:
+            drift = "" if point["drift"] is None else f"{point['drift']:.4f}"
+            click.echo(f"{point['scale']:>5g}  {point['KL recovered']:>12.4f}  {drift}".rstrip())
+    click.echo(f"Use it:\n  superego chat --base {base} --persona {path}", err=True)
+
+
+@click.command()
+@click.argument("persona", type=click.Path(path_type=Path))
+@base_option
+@output_option
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="KL recovered that may be lost before it is recompiled.",
+)
+@effort_option
+@by_option
+@threads_option
+@json_option
+def move(
+    persona: Path,
+    base: str,
+    output: Path,
+    margin: float,
+    effort: str | None,
+    by: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Write PERSONA for another base: measured and reused if still good, else recompiled."""
+    adapter = read_adapter(persona)
+    model = open_base(base)
+    module = converter("move")
+    with Steps() as steps:
+        result = module.move(adapter, model, output, margin, effort, by, threads, steps)
+    click.echo(json.dumps(result, indent=2) if as_json else table(result))
+    click.echo(f"Use it:\n  superego chat --base {base} --persona {output}", err=True)
