@@ -19,6 +19,7 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_serve import serve
 from superego.errors import SuperegoError
 from superego.options import (
     base_option,
@@ -425,3 +426,6 @@ def _typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+
+
+main.add_command(serve)

@@ -11,6 +11,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 
@@ -69,8 +70,7 @@ def main(arguments: list[str]) -> None:
     print(f"listening on {server.listening_address}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        signal.pause()
+    threading.Event().wait()
 
 
 if __name__ == "__main__":
