@@ -19,6 +19,7 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_export_llama_server import export_llama_server
 from superego.cli_serve import serve
 from superego.errors import SuperegoError
 from superego.options import (
@@ -429,3 +430,4 @@ def _typed() -> Iterator[str]:
 
 
 main.add_command(serve)
+export.add_command(export_llama_server)

@@ -18,6 +18,7 @@ from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.template import ChatTemplate
 
+ALORA_KEY = "adapter.alora.invocation_tokens"
 _NAME = re.compile(r"[\w.:+-]{1,64}")
 # What decides whose reply comes out, or which slot's state is used: ours to set.
 _OURS = ("lora", "id_slot", "cache_prompt", "n_cache_reuse")
@@ -48,6 +49,11 @@ class Persona:
         if self.adapter is not None:
             return "adapter"
         return "system message" if self.manifesto is not None else "base"
+
+    @property
+    def activated(self) -> bool:
+        """Whether it is an activated LoRA, which acts from the reply's header on."""
+        return self.adapter is not None and ALORA_KEY in self.adapter.header.metadata
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class Roster:
             body["lora"] = [
                 {"id": i, "scale": scale if i == place else 0.0} for i in range(len(self.adapters))
             ]
-        body["cache_prompt"] = prompt_cache
+        # An activated LoRA's turns stay in the slot as it coloured them, even for another one.
+        body["cache_prompt"] = prompt_cache and not persona.activated
         if persona.manifesto is not None:
             if not chat:
                 raise Refused(
