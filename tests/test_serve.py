@@ -31,8 +31,9 @@ from superego.roster import Refused, read_roster
 
 TOKENS = 6
 # A reply is compared where its persona, alone, prefers each token by this many nats: batches
-# round differently (0.10 nats was the most seen), and a near tie could fall either way.
-MARGIN = 0.2
+# round differently (a token's log-probability moved by 0.10 at most), and a near tie could
+# fall either way.
+MARGIN = 0.4
 
 
 @dataclass
@@ -105,9 +106,21 @@ def served(pirate: Path, adapters: list[Path]) -> Iterator[Served]:
     assert found.process.wait(20) == 0
 
 
+@pytest.fixture(scope="module")
+def exact(pirate: Path, adapters: list[Path]) -> Iterator[Served]:
+    """Reads every conversation from its start, so that what was asked before rounds nothing."""
+    found = started(
+        *(str(pirate), f"mild={pirate}:0.5", *map(str, adapters), "steward", "--no-prompt-cache"),
+        *("--base", "smollm2", "--parallel", "4", "--n-ctx", "512", "--max-body", "100000"),
+    )
+    yield found
+    found.process.terminate()
+    assert found.process.wait(20) == 0
+
+
 @pytest.fixture
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=served.address, api_key="none", max_retries=0)
+def client(exact: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=exact.address, api_key="none", max_retries=0)
 
 
 PERSONAS = ["smollm2", "pirate", "mild", "r1", "r2"]
@@ -117,7 +130,6 @@ QUESTIONS = [
     "Tell me a story about a dog.",
     "Name three colours.",
     "Who are you?",
-    "What is the capital of France?",
 ]
 
 
@@ -162,11 +174,11 @@ def test_32_clients_of_5_personas_get_what_each_persona_says_alone(served: Serve
                 for b in PERSONAS
                 if a < b
             )
-            assert apart >= 15, f"{apart} of 60 pairs tell personas apart"
+            assert apart >= 12, f"{apart} of 50 pairs tell personas apart"
             compared = [key for key in alone if alone[key]]
             assert {model for model, _ in compared} == set(PERSONAS)
             order = random.Random(0)
-            waiting = [order.choice(compared) for _ in range(32 * 3)]
+            waiting = [order.choice(compared) for _ in range(32 * 2)]
             wrong = []
 
             async def one_client() -> None:
@@ -279,7 +291,7 @@ def test_a_system_message_of_the_requests_own_works_on_top(client: openai.OpenAI
     assert got.choices[0].message.content == expected.choices[0].message.content
 
 
-def test_bad_requests_get_openai_errors(client: openai.OpenAI, served: Served) -> None:
+def test_bad_requests_get_openai_errors(client: openai.OpenAI, exact: Served) -> None:
     hello: Any = [{"role": "user", "content": "hi"}]
     with pytest.raises(openai.NotFoundError, match="no persona 'nobody'; there are smollm2, pir"):
         client.chat.completions.create(model="nobody", messages=hello)
@@ -302,7 +314,7 @@ def test_bad_requests_get_openai_errors(client: openai.OpenAI, served: Served) -
     with pytest.raises(openai.APIStatusError) as too_large:
         client.completions.create(model="r1", prompt="x" * 200_000)
     assert too_large.value.status_code == 413
-    with httpx.Client(base_url=served.root, timeout=60) as http:
+    with httpx.Client(base_url=exact.root, timeout=60) as http:
         path = "/v1/chat/completions"
         assert http.post(path, content=b"{}").status_code == 415
         plain = {"Content-Type": "application/json"}
@@ -337,11 +349,11 @@ def test_a_strange_host_is_refused(served: Served) -> None:
         assert httpx.get(f"{served.address}/models", headers={"Host": host}).status_code == status
 
 
-def test_health_and_metrics(client: openai.OpenAI, served: Served) -> None:
-    assert httpx.get(f"{served.root}/health").json() == {"status": "ok"}
+def test_health_and_metrics(client: openai.OpenAI, exact: Served) -> None:
+    assert httpx.get(f"{exact.root}/health").json() == {"status": "ok"}
     client.completions.create(model="r2", prompt="hi", max_tokens=1)
     list(client.completions.create(model="r2", prompt="hi", max_tokens=1, stream=True))
-    lines = httpx.get(f"{served.root}/metrics").text.splitlines()
+    lines = httpx.get(f"{exact.root}/metrics").text.splitlines()
     assert "superego_llama_server_up 1.0" in lines
     assert "superego_requests_active 0.0" in lines
     count = next(x for x in lines if x.startswith('superego_requests_total{persona="r2"'))
