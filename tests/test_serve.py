@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
-from conftest import refused, tiny_model
+from conftest import refused, run, tiny_model
 
 from superego.adapter import write_adapter
 from superego.base import BaseModel
@@ -523,3 +524,34 @@ def test_bad_input_is_refused_in_one_line(
 
     with pytest.raises(SuperegoError, match=r"pip install 'superego\[serve\]'"):
         find_server()
+
+
+def test_the_commands_of_the_page_run(
+    pirate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "llama-server.md").read_text("utf-8")
+    blocks = [block.partition("```")[0] for block in page.split("```sh\n")[1:]]
+    lines = [line for block in blocks for line in block.strip().splitlines()]
+    assert [line.split()[:2] for line in lines] == [
+        ["superego", "serve"],
+        ["curl", "http://127.0.0.1:8080/v1/chat/completions"],
+        ["superego", "export"],
+        ["superego", "export"],
+    ]
+    (tmp_path / "pirate.gguf").write_bytes(pirate.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    found = started(*shlex.split(lines[0])[2:])
+    try:
+        assert found.models == ["smollm2", "pirate", "mild", "steward"]
+        words = shlex.split(lines[1])
+        url = words[1].replace("http://127.0.0.1:8080/v1", found.address)
+        headers = dict([words[words.index("-H") + 1].split(": ")])
+        data = words[words.index("-d") + 1]
+        reply = httpx.post(url, content=data, headers=headers, timeout=60)
+        assert reply.json()["usage"]["completion_tokens"] > 1
+    finally:
+        found.process.terminate()
+        found.process.wait(20)
+    for line in lines[2:]:
+        assert run(*shlex.split(line)[1:]).exit_code == 0
+    assert (tmp_path / "out" / "pirate.alora.gguf").exists()
