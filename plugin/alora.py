@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFValueType
 
-from superego.adapter import Adapter, read_adapter
-from superego.atomic import replacing
+from superego.adapter import Adapter
+from superego.adapter_copy import write_copy
 from superego.dialogue import encode
 from superego.errors import SuperegoError
 from superego.roster import ALORA_KEY
@@ -46,22 +46,5 @@ def invocation_tokens(llm: Llama, template: ChatTemplate) -> list[int]:
 
 def write_activated(adapter: Adapter, invocation: list[int], path: Path) -> None:
     """Copy an adapter, adding the invocation tokens; atomically; raises SuperegoError."""
-    reader = GGUFReader(adapter.path)
-    with replacing(path) as temporary:
-        writer = GGUFWriter(temporary, adapter.header.text("general.architecture"))
-        for key, field in reader.fields.items():
-            if key.startswith("GGUF.") or key in ("general.architecture", ALORA_KEY):
-                continue
-            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
-        # llama.cpp takes unsigned 32-bit numbers here, and nothing else
-        writer.add_key_value(ALORA_KEY, invocation, GGUFValueType.ARRAY, GGUFValueType.UINT32)
-        for tensor in reader.tensors:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-    read_adapter(path)
+    # llama.cpp takes unsigned 32-bit numbers here, and nothing else
+    write_copy(adapter, path, {ALORA_KEY: (invocation, GGUFValueType.ARRAY, GGUFValueType.UINT32)})

@@ -76,7 +76,7 @@ def export_llama_server(
             "model": name,
             "messages": [{"role": "user", "content": _MESSAGE}],
         }
-        roster.rewrite(body, chat=True, prompt_cache=True)
+        roster.rewrite(body, chat=True)
         del body["model"]  # llama-server has one, whatever it is called
         # what is kept is another persona's only where activated adapters colour each other's
         body["cache_prompt"] = not (alora and persona.adapter is not None and len(adapters) > 1)

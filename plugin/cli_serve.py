@@ -6,7 +6,9 @@ Knows options and what is printed. Holds no logic of its own.
 from __future__ import annotations
 
 import json
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
@@ -59,10 +61,10 @@ from superego.options import (
     "--max-body", type=click.IntRange(1024), default=4 << 20, show_default=True, help="Bytes."
 )
 @click.option(
-    "--no-prompt-cache",
-    is_flag=True,
-    help="Read every conversation from its start: slower, and a reply at temperature 0 does not "
-    "depend on what the slot read before.",
+    "--exact/--no-exact",
+    default=None,
+    help="A reply at temperature 0 does not depend on what else is being served, bit for bit; "
+    "reads prompts a little slower. For CPUs, and the default where llama-server has no GPU.",
 )
 @click.option("--llama-server", metavar="FILE", help="The program, if not the one on PATH.")
 @click.option("--verbose", is_flag=True, help="Show llama-server's own log.")
@@ -79,7 +81,7 @@ def serve(
     parallel: int,
     n_ctx: int,
     max_body: int,
-    no_prompt_cache: bool,
+    exact: bool | None,
     llama_server: str | None,
     verbose: bool,
     threads: int | None,
@@ -91,6 +93,7 @@ def serve(
     PERSONA is [NAME=]ADAPTER.gguf[:SCALE], or a manifesto (a file or a bundled persona's
     name), which is served as a system message.
     """
+    from superego.adapter_copy import batch_invariant
     from superego.roster import base_name, read_roster
 
     missing = [
@@ -100,7 +103,13 @@ def serve(
         raise SuperegoError(
             f"serve needs {', '.join(missing)}, not installed; pip install 'superego[serve]'"
         )
-    from superego.llama_server import Settings, find_server, options
+    from superego.llama_server import (
+        LlamaServer,
+        Settings,
+        computes_on_cpu_alone,
+        find_server,
+        options,
+    )
     from superego.router import Limits
     from superego.runtime import default_threads
     from superego.serve import is_loopback, listen
@@ -116,9 +125,11 @@ def serve(
     for persona in roster.personas.values():
         if persona.adapter is not None:
             warn_other_weights(persona.adapter, model)
-    settings = Settings(parallel, n_ctx, threads or default_threads(), gpu_layers)
-    command = [*find_server(llama_server), *options(model.path, roster.adapters, settings)]
-    limits = Limits(api_key or None, [n.lower() for n in host_names], max_body, not no_prompt_cache)
+    program = find_server(llama_server)
+    if exact is None:
+        exact = computes_on_cpu_alone(program)
+    settings = Settings(parallel, n_ctx, threads or default_threads(), gpu_layers, exact)
+    limits = Limits(api_key or None, [n.lower() for n in host_names], max_body)
 
     def ready(address: str) -> None:
         names = list(roster.personas)
@@ -137,4 +148,11 @@ def serve(
         if verbose or line.startswith("llama-server "):
             click.echo(line, err=True)
 
-    run(listen(host, port), roster, command, limits, ready, log)
+    with (
+        listen(host, port) as sock,
+        tempfile.TemporaryDirectory(prefix="superego-", ignore_cleanup_errors=True) as name,
+    ):
+        folder = Path(name)
+        adapters = batch_invariant(roster.adapters, folder) if exact else roster.adapters
+        command = [*program, *options(model.path, adapters, settings)]
+        run(sock, roster, LlamaServer(command, log, folder), limits, ready)

@@ -1,17 +1,18 @@
 """Runs one command and ends it when whoever started this is gone, however that came about.
 
-Run as a file (`python leash.py COMMAND…`), with the standard library alone. Knows processes.
-Does not know what it runs.
+Run as a file (`python leash.py FOLDER COMMAND…`), with the standard library alone. Knows
+processes. Does not know what it runs.
 
 The starter holds the other end of this process's stdin and never writes: end of file means
-that it has ended, by SIGKILL too. On Linux the kernel also ends the command should this very
-process be killed.
+that it has ended, by SIGKILL too; then FOLDER (may be empty) is removed as well. On Linux the
+kernel also ends the command should this very process be killed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def _end(command: subprocess.Popen[bytes]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the command; its exit status, or 128 + the signal that ended it."""
+    folder, *arguments = arguments
+    gone = threading.Event()
     try:
         command = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent()
@@ -61,6 +64,7 @@ def main(arguments: list[str]) -> int:
     def watch() -> None:
         while os.read(0, 4096):  # a bare read: sys.stdin's lock would be held at exit
             pass
+        gone.set()
         _end(command)
 
     def stop(number: int, frame: object) -> None:
@@ -70,6 +74,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: not ours
     threading.Thread(target=watch, daemon=True).start()
     status = command.wait()
+    if gone.is_set() and folder:
+        shutil.rmtree(folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
 
 

@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import re
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections import deque
@@ -31,12 +33,16 @@ _SETTLED = 60.0  # seconds of running after which the back-off begins anew
 
 @dataclass(frozen=True)
 class Settings:
-    """How llama-server is run. `n_ctx` is each slot's own; the server is given all of them."""
+    """How llama-server is run. `n_ctx` is each slot's own; the server is given all of them.
+
+    `exact` makes what is computed for a sequence independent of what is computed beside it.
+    """
 
     parallel: int = 4
     n_ctx: int = 4096
     threads: int = 1
     gpu_layers: int = -1
+    exact: bool = False
 
 
 def find_server(binary: str | None = None) -> list[str]:
@@ -60,7 +66,8 @@ def options(model: Path, adapters: Sequence[Path], settings: Settings) -> list[s
 
     `-cram 0`: its prompt cache in memory knows tokens only and would hand one persona's state
     to another. `--no-kv-unified`: with cells of its own a sequence's attention is summed in
-    the same order whoever else is being served.
+    the same order whoever else is being served. `-ub`: from 64 tokens of a sequence on,
+    attention on a CPU takes another path, which would make it matter how prompts are cut.
     """
     return [
         "-m", str(model),
@@ -69,9 +76,22 @@ def options(model: Path, adapters: Sequence[Path], settings: Settings) -> list[s
         "-np", str(settings.parallel),
         "-cram", "0",
         "--no-kv-unified",
+        *(["-ub", "48"] if settings.exact else []),
         "-t", str(settings.threads),
         "-ngl", str(settings.gpu_layers if settings.gpu_layers >= 0 else 999),
     ]  # fmt: skip
+
+
+def computes_on_cpu_alone(command: Sequence[str]) -> bool:
+    """Whether this llama-server finds no device but the CPU; False where it does not say."""
+    try:
+        said = subprocess.run(
+            [*command, "--list-devices"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    named = re.findall(r"^ +\w+: ", said.stdout, re.MULTILINE)
+    return said.returncode == 0 and "devices" in said.stdout and not named
 
 
 def free_port() -> int:
@@ -88,8 +108,12 @@ class LlamaServer:
     it past our checks. A leash ends it when this process ends, however that comes about.
     """
 
-    def __init__(self, command: Sequence[str], log: Callable[[str], None]) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Callable[[str], None], folder: Path | None = None
+    ) -> None:
+        """`folder`: what the server reads from, for the leash to remove if this process dies."""
         self._command, self._log = list(command), log
+        self._folder = str(folder or "")
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._tail: deque[str] = deque(maxlen=30)
@@ -118,7 +142,7 @@ class LlamaServer:
         self._port = free_port()
         self._tail.clear()
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", leash.__file__, *self._command),
+            *(sys.executable, "-I", leash.__file__, self._folder, *self._command),
             *("--host", "127.0.0.1", "--port", str(self._port)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -91,7 +91,7 @@ class Roster:
             )
         return persona, scale
 
-    def rewrite(self, body: dict[str, Any], chat: bool, prompt_cache: bool) -> Persona:
+    def rewrite(self, body: dict[str, Any], chat: bool) -> Persona:
         """Turn a client's request, in place, into llama-server's; raises Refused.
 
         Every adapter is named with its scale, the idle ones with 0: without that llama-server
@@ -112,7 +112,7 @@ class Roster:
                 {"id": i, "scale": scale if i == place else 0.0} for i in range(len(self.adapters))
             ]
         # An activated LoRA's turns stay in the slot as it coloured them, even for another one.
-        body["cache_prompt"] = prompt_cache and not persona.activated
+        body["cache_prompt"] = not persona.activated
         if persona.manifesto is not None:
             if not chat:
                 raise Refused(

@@ -38,7 +38,6 @@ class Limits:
     key: str | None = None
     host_names: Sequence[str] = ()  # accepted in the Host header beside addresses and localhost
     body_bytes: int = 4 << 20
-    prompt_cache: bool = True  # reuse a slot's own state for the same persona's next turn
 
 
 class Figures:
@@ -222,7 +221,7 @@ class Router:
             return Response(status_code=499)
         model = body.get("model")
         chat = request.url.path.endswith("/chat/completions")
-        persona = self.roster.rewrite(body, chat, self.limits.prompt_cache)
+        persona = self.roster.rewrite(body, chat)
         if not self.server.ready:
             raise Refused(503, "llama-server is being started; try again")
         begun = time.monotonic()

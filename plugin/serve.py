@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -64,12 +64,10 @@ class _Server(uvicorn.Server):
 async def _serve(
     sock: socket.socket,
     roster: Roster,
-    command: Sequence[str],
+    child: LlamaServer,
     limits: Limits,
     ready: Callable[[str], None],
-    log: Callable[[str], None],
 ) -> None:
-    child = LlamaServer(command, log)
     router = Router(roster, child, limits)
     web = _Server(
         uvicorn.Config(
@@ -113,14 +111,13 @@ async def _serve(
 def serve(
     sock: socket.socket,
     roster: Roster,
-    command: Sequence[str],
+    child: LlamaServer,
     limits: Limits,
     ready: Callable[[str], None],
-    log: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM; `ready` is told the address once replies can be had.
 
     Raises SuperegoError where llama-server does not start.
     """
     with sock:
-        asyncio.run(_serve(sock, roster, command, limits, ready, log))
+        asyncio.run(_serve(sock, roster, child, limits, ready))

@@ -15,6 +15,19 @@ import threading
 from typing import Any
 
 
+class _ListDevices(argparse.Action):
+    """Prints what there is beside the CPU, as llama-server does, and ends."""
+
+    def __call__(self, *given: object) -> None:
+        import xllamacpp as x
+
+        print("Available devices:")
+        for device in x.get_device_info():
+            if device["type"] != x.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU:
+                print(f"  {device['name']}: {device['description']}")
+        sys.exit(0)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options, spelled as llama-server spells them."""
     options = argparse.ArgumentParser(prog="superego.wheel_server", allow_abbrev=False)
@@ -28,11 +41,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("-t", "--threads", type=int)
     options.add_argument("-tb", "--threads-batch", type=int)
     options.add_argument("-ngl", "--gpu-layers", type=int, default=-1)
+    options.add_argument("-ub", "--ubatch-size", type=int, default=512)
     options.add_argument("-fa", "--flash-attn", choices=["on", "off", "auto"], default="auto")
     options.add_argument("--no-kv-unified", action="store_true")
     options.add_argument("--no-warmup", action="store_true")
     options.add_argument("--no-ui", action="store_true")
     options.add_argument("--no-slots", action="store_true")
+    options.add_argument("--list-devices", action=_ListDevices, nargs=0)
     return options
 
 
@@ -48,6 +63,7 @@ def main(arguments: list[str]) -> None:
         x.CommonAdapterLoraInfo(path, 1.0) for path in options.lora.split(",") if path
     ]
     parameters.n_ctx, parameters.n_parallel = options.ctx_size, options.parallel
+    parameters.n_ubatch = options.ubatch_size
     parameters.cache_ram_mib = options.cache_ram
     if options.threads:
         parameters.cpuparams.n_threads = options.threads
