@@ -152,6 +152,7 @@ class Router:
         handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
             HTTPException: self._http_error,
             Refused: self._refused,
+            Exception: self._failed,
         }
         return Gate(Starlette(routes=routes, exception_handlers=handlers), self.limits)
 
@@ -162,6 +163,9 @@ class Router:
     async def _refused(self, request: Request, error: Refused) -> Response:
         self.figures.requests.labels("", str(error.status)).inc()
         return failure(error.status, error.message, error.code, error.param)
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        return failure(500, "superego serve failed; its output says why")
 
     async def _health(self, request: Request) -> Response:
         up = self.server.ready
@@ -225,8 +229,15 @@ class Router:
         if not self.server.ready:
             raise Refused(503, "llama-server is being started; try again")
         begun = time.monotonic()
+        try:
+            content = json.dumps(body, allow_nan=False).encode()
+        except ValueError as error:  # Python reads NaN and 1e999, which JSON does not have
+            raise Refused(400, f"the request is not JSON: {error}") from None
         asked = self.client.build_request(
-            "POST", self.server.address + request.url.path, json=body, headers=self.server.headers
+            "POST",
+            self.server.address + request.url.path,
+            content=content,
+            headers={**self.server.headers, "Content-Type": "application/json"},
         )
         self.figures.active.inc()
         try:
@@ -244,8 +255,12 @@ class Router:
         except BaseException:
             self.figures.active.dec()
             raise
-        return StreamingResponse(
-            self._pieces(reply, persona, model, begun), media_type="text/event-stream"
+        first = self.figures.first.labels(persona.name)
+        return _Relay(
+            reply,
+            model,
+            lambda: first.observe(time.monotonic() - begun),
+            lambda status: self._count(persona, status, begun),
         )
 
     async def _unless_gone(self, request: Request, work: Awaitable[Any]) -> Any:
@@ -269,9 +284,7 @@ class Router:
     def _ended(
         self, persona: Persona, status: int, begun: float, raw: bytes = b"", model: object = None
     ) -> Response:
-        self.figures.active.dec()
-        self.figures.requests.labels(persona.name, str(status)).inc()
-        self.figures.seconds.labels(persona.name).observe(time.monotonic() - begun)
+        self._count(persona, status, begun)
         if status == 499:  # nobody is there to read it
             return Response(status_code=499)
         if status == 502:
@@ -285,29 +298,52 @@ class Router:
         error = found.get("error", {}) if isinstance(found, dict) else {}
         return JSONResponse({"error": _translated(error)}, status)
 
-    async def _pieces(
-        self, reply: httpx.Response, persona: Persona, model: object, begun: float
-    ) -> AsyncIterator[bytes]:
-        """llama-server's events under the persona's name. Closing this frees its slot."""
-        rest, first, status = b"", True, "499"
+    def _count(self, persona: Persona, status: int, begun: float) -> None:
+        self.figures.active.dec()
+        self.figures.requests.labels(persona.name, str(status)).inc()
+        self.figures.seconds.labels(persona.name).observe(time.monotonic() - begun)
+
+
+class _Relay(StreamingResponse):
+    """llama-server's events under the persona's name.
+
+    However it ends, and if it never began, `ended` is told the status and llama-server's
+    reply is closed, which frees its slot.
+    """
+
+    def __init__(
+        self,
+        reply: httpx.Response,
+        model: object,
+        begun: Callable[[], None],
+        ended: Callable[[int], None],
+    ) -> None:
+        self._reply, self._model, self._begun, self._ended = reply, model, begun, ended
+        self._status = 499
+        super().__init__(self._pieces(), media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for block in reply.aiter_raw():
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended(self._status)
+            await asyncio.shield(self._reply.aclose())  # we may be cancelled just now
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        rest, first = b"", True
+        try:
+            async for block in self._reply.aiter_raw():
                 *lines, rest = (rest + block).split(b"\n")
                 for line in lines:
                     if first and line.startswith(b"data:"):
-                        self.figures.first.labels(persona.name).observe(time.monotonic() - begun)
+                        self._begun()
                         first = False
-                    yield _renamed(line, model) + b"\n"
-            status = "200"
+                    yield _renamed(line, self._model) + b"\n"
+            self._status = 200
         except httpx.HTTPError:
-            status = "502"
+            self._status = 502
             error = _translated({"message": "llama-server ended in the middle of the reply"})
             yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
-        finally:
-            self.figures.active.dec()
-            self.figures.requests.labels(persona.name, status).inc()
-            self.figures.seconds.labels(persona.name).observe(time.monotonic() - begun)
-            await reply.aclose()
 
 
 def _renamed(line: bytes, model: object) -> bytes:

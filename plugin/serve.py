@@ -119,5 +119,4 @@ def serve(
 
     Raises SuperegoError where llama-server does not start.
     """
-    with sock:
-        asyncio.run(_serve(sock, roster, child, limits, ready))
+    asyncio.run(_serve(sock, roster, child, limits, ready))
