@@ -3,6 +3,8 @@
 Prints Markdown. Starts `superego serve` once with every persona both ways. Each client asks a
 random persona a held-out question, streams the reply, and asks again until the requests are
 used up; replies have a fixed length. `--one` also measures clients that all ask one persona.
+
+    python benchmarks/serving.py --adapters pirate.gguf steward.gguf terse.gguf
 """
 
 from __future__ import annotations
@@ -15,11 +17,28 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
 from superego.evaluate import bundled
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[str]:
+    """`superego serve` with these arguments; yields its address."""
+    start = [sys.executable, "-c", "from superego.cli import main; main()", "serve"]
+    server = subprocess.Popen(
+        [*start, *arguments, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    try:
+        yield json.loads(server.stdout.readline())["address"]
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 async def ask(http: httpx.AsyncClient, model: str, question: str, tokens: int) -> tuple[float, int]:
@@ -76,23 +95,18 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, nargs="+", required=True, help="NAME[-*].gguf")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--parallel", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--one", action="store_true", help="also with one persona for everybody")
-    parser.add_argument("--no-prompt-cache", action="store_true")
+    parser.add_argument("--no-exact", action="store_true")
     options = parser.parse_args()
     names = [path.stem.partition("-")[0] for path in options.adapters]
-    command = [sys.executable, "-c", "from superego.cli import main; main()", "serve"]
-    command += [f"{n}-adapter={p}" for n, p in zip(names, options.adapters, strict=True)]
+    command = [f"{n}-adapter={p}" for n, p in zip(names, options.adapters, strict=True)]
     command += [f"{name}-system={name}" for name in names]
-    command += ["--base", options.base, "--port", "0", "--json", "--n-ctx", "512"]
-    command += ["--parallel", str(options.parallel)]
+    command += ["--base", options.base, "--n-ctx", "512", "--parallel", str(options.parallel)]
     command += ["--threads", str(options.threads)] if options.threads else []
-    command += ["--no-prompt-cache"] if options.no_prompt_cache else []
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    try:
-        address = json.loads(server.stdout.readline())["address"]
+    command += ["--no-exact"] if options.no_exact else []
+    with running(*command) as address:
         ways = {
             "bare base": [options.base],
             "adapter": [f"{name}-adapter" for name in names],
@@ -106,16 +120,13 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for clients in options.clients:
             for way, models in ways.items():
-                n = max(8, 2 * clients)
+                n = max(8, 3 * clients // 2)
                 speed, median, slow = asyncio.run(
                     measure(address, models, clients, n, options.tokens)
                 )
                 print(
                     f"| {clients} | {way} | {speed:.0f} | {median:.2f} | {slow:.2f} |", flush=True
                 )
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superego.adapter import Adapter, check_fit, read_adapter
+from superego.adapter import Adapter, check_fit, read_adapter, split_scale
 from superego.base import BaseModel
 from superego.bundled import find_manifesto
 from superego.errors import SuperegoError
@@ -202,20 +202,6 @@ def _read_persona(text: str) -> Persona:
         raise SuperegoError(f"{text}: a manifesto has no scale; only adapters (.gguf) have")
     manifesto = find_manifesto(rest)
     return Persona(_checked(name or manifesto.name, text), manifesto=manifesto)
-
-
-def split_scale(text: str) -> tuple[Path, float | None]:
-    """FILE or FILE:SCALE; a name with a colon of its own is taken as it is if it exists."""
-    path, colon, scale = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
-        return Path(text), None
-    try:
-        value = float(scale)
-    except ValueError:
-        return Path(text), None
-    if not -100 <= value <= 100:
-        raise SuperegoError(f"{text}: scale {scale} is not between -100 and 100")
-    return Path(path), value
 
 
 def _is_gguf(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -16,10 +17,14 @@ import numpy as np
 import pytest
 from conftest import refused, run, tiny_model
 
-from superego.adapter import read_adapter
+from superego.adapter import read_adapter, write_adapter
+from superego.alora import invocation_tokens
 from superego.base import BaseModel
+from superego.errors import SuperegoError
 from superego.llama_server import find_server, free_port
 from superego.roster import ALORA_KEY
+from superego.runtime import load
+from superego.template import ChatTemplate
 
 
 @contextmanager
@@ -135,30 +140,22 @@ def test_bad_input_is_refused_in_one_line(pirate: Path, tmp_path: Path) -> None:
     assert "two adapters of one file name" in said
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "puts nothing before a reply"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}"
-         "{% if add_generation_prompt %} t{% endif %}", "merges with what is before it"),
-    ],
-)  # fmt: skip
-def test_templates_that_would_never_activate_are_refused(
-    tmp_path: Path, template: str, reason: str
+def test_a_template_that_would_never_activate_is_refused(
+    smollm2: BaseModel, tmp_path: Path
 ) -> None:
-    from superego.adapter import write_adapter
-    from superego.base import open_base
-
-    # the tokenizer joins a space and a t, so this header has a token that a reply may not begin
-    if "merges" in reason:
-        template = template.replace("{{ m.content }}", "{{ m.content }} ").replace(" t{%", "t{%")
-    path = tiny_model(tmp_path / "t.gguf", template=template)
-    base = open_base(str(path))
+    silent = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = tiny_model(tmp_path / "t.gguf", template=silent)
     pairs = {"blk.0.ffn_down.weight": (np.zeros((1, 128)), np.zeros((64, 1)))}
-    write_adapter(tmp_path / "a.gguf", base.architecture, pairs, {})
+    write_adapter(tmp_path / "a.gguf", "llama", pairs, {})
     said = refused(
         *("export", "llama-server", str(tmp_path / "a.gguf"), "--base", str(path), "--alora"),
         *("-o", str(tmp_path / "out")),
     )
-    assert reason in said
+    assert "puts nothing before a reply" in said
     assert not list((tmp_path / "out").iterdir())
+    # the real tokenizer joins a space and the word behind it
+    merging = silent.replace("}}", "}} ") + "{% if add_generation_prompt %}reply:{% endif %}"
+    metadata = {**smollm2.header.metadata, "tokenizer.chat_template": merging}
+    template = ChatTemplate(dataclasses.replace(smollm2.header, metadata=metadata))
+    with pytest.raises(SuperegoError, match="merges with what is before it"):
+        invocation_tokens(load(smollm2, vocab_only=True), template)
