@@ -52,7 +52,7 @@ def _end(command: subprocess.Popen[bytes]) -> None:
 def main(arguments: list[str]) -> int:
     """Run the command; its exit status, or 128 + the signal that ended it."""
     folder, *arguments = arguments
-    gone = threading.Event()
+    starter = os.getppid()
     try:
         command = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent()
@@ -64,7 +64,6 @@ def main(arguments: list[str]) -> int:
     def watch() -> None:
         while os.read(0, 4096):  # a bare read: sys.stdin's lock would be held at exit
             pass
-        gone.set()
         _end(command)
 
     def stop(number: int, frame: object) -> None:
@@ -74,7 +73,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: not ours
     threading.Thread(target=watch, daemon=True).start()
     status = command.wait()
-    if gone.is_set() and folder:
+    if folder and os.getppid() != starter:
         shutil.rmtree(folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
 

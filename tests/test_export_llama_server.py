@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 from conftest import refused, run, tiny_model
 
-from superego.adapter import read_adapter, write_adapter
+from superego.adapter import Adapter, read_adapter, write_adapter
 from superego.alora import invocation_tokens
 from superego.base import BaseModel
+from superego.dialogue import encode
 from superego.errors import SuperegoError
+from superego.evaluate import log_softmax
 from superego.llama_server import find_server, free_port
+from superego.logits import ParallelContext
 from superego.roster import ALORA_KEY
 from superego.runtime import load
 from superego.template import ChatTemplate
@@ -89,8 +92,28 @@ def test_the_printed_command_and_requests_are_those_that_work(pirate: Path, tmp_
             assert said(address, bodies[name], cache_prompt=False)[0] == replies[name]
 
 
+def first_word(
+    llm: Any, smollm2: BaseModel, adapter: Adapter, message: str
+) -> dict[str, np.ndarray]:
+    """Log-probabilities (n_vocab,) of the reply's first token, by how the adapter is used."""
+    template = ChatTemplate(smollm2.header)
+    encoded = encode(llm, template, None, [message])
+    tokens = encoded.rest[0]
+    begin = len(tokens) - len(invocation_tokens(llm, template))
+    found = {}
+    with ParallelContext(llm, encoded.prefix, 1, len(tokens), [(adapter, 0.0)]) as context:
+        for way, scale, switch in (
+            ("bare", 0.0, None),
+            ("plain", 1.0, None),
+            ("activated", 0.0, ([begin], [1.0])),
+        ):
+            context.set_scales([scale])
+            found[way] = log_softmax(context.read([tokens], [len(tokens) - 1], switch)[0])[0]
+    return found
+
+
 def test_an_activated_adapter_keeps_the_bases_state(
-    smollm2: BaseModel, pirate: Path, tmp_path: Path
+    smollm2: BaseModel, pirate: Path, llm: Any, tmp_path: Path
 ) -> None:
     port, folder = str(free_port()), tmp_path / "out"
     made = run(
@@ -119,6 +142,16 @@ def test_an_activated_adapter_keeps_the_bases_state(
         assert persona != bare
         assert cached >= 25  # of 34: up to the reply's header
         assert said(report["address"], requests["smollm2"])[0] == bare
+        more = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 10}
+        reply = httpx.post(report["address"], json={**requests["pirate"], **more}, timeout=60)
+    # it acts where benchmarks/alora.py lets it act: from the header on, not before, not later
+    best = reply.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    message = requests["pirate"]["messages"][0]["content"]
+    apart = {
+        way: max(abs(values[b["id"]] - b["logprob"]) for b in best)
+        for way, values in first_word(llm, smollm2, plain, message).items()
+    }
+    assert apart["activated"] < 0.3 < min(apart["bare"], apart["plain"]), apart
 
 
 def test_bad_input_is_refused_in_one_line(pirate: Path, tmp_path: Path) -> None:
