@@ -22,6 +22,7 @@ from superego.runtime import load, stop_tokens
 from superego.template import ChatTemplate
 
 GROUP = 8
+EARLY = 1  # llama-server begins to apply it one token before the invocation tokens
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
                 rest = student.rest[part]
                 texts = [p + r[:-1] for p, r in zip(rest, replies, strict=True)]
                 first = [len(p) - 1 for p in rest]
-                begin = [len(p) - len(header) for p in rest]
+                begin = [len(p) - len(header) - EARLY for p in rest]
                 for way, scale in found:
                     context.set_scales([scale if way == "plain" else 0.0])
                     switch = (begin, [scale]) if way == "alora" else None

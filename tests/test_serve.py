@@ -234,8 +234,16 @@ def test_llama_server_by_itself_gives_one_personas_state_to_another(
             assert await ask_plainly(http) != alone  # the question as r1 had read it
 
     async def ask_plainly(http: httpx.AsyncClient) -> Any:
-        body = {"prompt": QUESTIONS[0], "temperature": 0, "max_tokens": 2, "logprobs": 3}
-        return (await http.post("/completions", json=body)).json()["choices"][0]["logprobs"]
+        body = {
+            "messages": [{"role": "user", "content": QUESTIONS[0]}],
+            "temperature": 0,
+            "max_tokens": 2,
+            "logprobs": True,
+            "top_logprobs": 3,
+            "id_slot": 0,
+        }
+        reply = (await http.post("/chat/completions", json=body)).json()
+        return reply["choices"][0]["logprobs"]
 
     def answers() -> bool:
         assert process.poll() is None
