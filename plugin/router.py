@@ -130,7 +130,8 @@ class Router:
     client: httpx.AsyncClient = field(
         default_factory=lambda: httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=5),
-            limits=httpx.Limits(max_connections=None),
+            # llama-server closes idle connections, perhaps just as we send on one
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
         )
     )
