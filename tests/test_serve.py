@@ -27,13 +27,7 @@ from conftest import refused, run, tiny_model
 from superego.adapter import write_adapter
 from superego.base import BaseModel
 from superego.bundled import bundled
-from superego.llama_server import (
-    Settings,
-    computes_on_cpu_alone,
-    find_server,
-    free_port,
-    options,
-)
+from superego.llama_server import computes_on_cpu_alone, find_server
 from superego.roster import Refused, read_roster
 
 TOKENS = 5
@@ -208,56 +202,6 @@ def test_one_slot_holds_nothing_of_its_last_persona(
     finally:
         found.process.terminate()
         assert found.process.wait(20) == 0
-
-
-def test_llama_server_by_itself_gives_one_personas_state_to_another(
-    smollm2: BaseModel, adapters: list[Path]
-) -> None:
-    """What the tests above would see without our care (llama.cpp issue 26207)."""
-    port = free_port()
-    settings = Settings(parallel=1, n_ctx=512)
-    command = [*find_server(), *options(smollm2.path, adapters, settings), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    async def walk() -> None:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/v1", timeout=60) as http:
-            scales = {name: [{"id": 0, "scale": s}] for name, s in (("r1", 1.0), ("base", 0.0))}
-
-            async def to(name: str) -> None:
-                (await http.post("../lora-adapters", json=scales[name])).raise_for_status()
-
-            await to("base")
-            alone = await ask_plainly(http)
-            await to("r1")
-            assert await ask_plainly(http) != alone
-            await to("base")
-            assert await ask_plainly(http) != alone  # the question as r1 had read it
-
-    async def ask_plainly(http: httpx.AsyncClient) -> Any:
-        body = {
-            "messages": [{"role": "user", "content": QUESTIONS[0]}],
-            "temperature": 0,
-            "max_tokens": 2,
-            "logprobs": True,
-            "top_logprobs": 3,
-            "id_slot": 0,
-        }
-        reply = (await http.post("/chat/completions", json=body)).json()
-        return reply["choices"][0]["logprobs"]
-
-    def answers() -> bool:
-        assert process.poll() is None
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    try:
-        until(answers)
-        asyncio.run(walk())
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_openai_client_lists_chats_streams_and_completes(client: openai.OpenAI) -> None:
