@@ -134,6 +134,20 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(path, header, {stem: (found["a"], found["b"]) for stem, found in halves.items()})
 
 
+def split_scale(text: str) -> tuple[Path, float | None]:
+    """FILE or FILE:SCALE; a name with a colon of its own is taken as it is if it exists."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        return Path(text), None
+    try:
+        value = float(scale)
+    except ValueError:
+        return Path(text), None
+    if not -100 <= value <= 100:
+        raise SuperegoError(f"{text}: scale {scale} is not between -100 and 100")
+    return Path(path), value
+
+
 def mismatches(adapter: Adapter, base: Header) -> list[str]:
     """Everything that keeps this adapter from fitting this base: expected and found."""
     found = []

@@ -19,11 +19,13 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_export_llama_server import export_llama_server
 from superego.cli_feedback import amend, diff, log, watch
 from superego.cli_library import add, remove
 from superego.cli_merge import is_merged, merge, show_merged
 from superego.cli_ollama import export_ollama, ollama
 from superego.cli_report import report
+from superego.cli_serve import serve
 from superego.cli_sources import tag
 from superego.cli_strength import blend, calibrate, move
 from superego.errors import SuperegoError
@@ -457,12 +459,9 @@ def _typed() -> Iterator[str]:
             return
 
 
-main.add_command(tag)
-main.add_command(report)
-main.add_command(merge)
-main.add_command(ollama)
-export.add_command(export_ollama)
-main.add_command(add)
-main.add_command(remove)
-for _command in (amend, log, diff, watch, blend, calibrate, move):
+for _command in (add, amend, blend, calibrate, diff, log, merge, move, ollama, remove, report):
     main.add_command(_command)
+for _command in (serve, tag, watch):
+    main.add_command(_command)
+for _command in (export_llama_server, export_ollama):
+    export.add_command(_command)

@@ -71,8 +71,8 @@ class ParallelContext:
             self._pointers.append(pointer)
         self.set_scales([scale for _, scale in adapters])
 
-    def set_scales(self, scales: Sequence[float]) -> None:
-        """Give each adapter a scale and read the prefix anew."""
+    def apply_scales(self, scales: Sequence[float]) -> None:
+        """Give each adapter a scale for what is read from now on; what was read stays."""
         c = self._c
         active = [(p, s) for p, s in zip(self._pointers, scales, strict=True) if s]
         n = len(active)
@@ -80,6 +80,11 @@ class ParallelContext:
         values = (ctypes.c_float * max(1, n))(*(s for _, s in active))
         if c.llama_set_adapters_lora(self._context, pointers, n, values):
             raise SuperegoError("llama.cpp refused the adapters")
+
+    def set_scales(self, scales: Sequence[float]) -> None:
+        """Give each adapter a scale and read the prefix anew."""
+        self.apply_scales(scales)
+        c = self._c
         c.llama_memory_clear(self._memory, True)
         if self._state is not None:
             put_cells(self._context, self._state)
@@ -116,8 +121,17 @@ class ParallelContext:
         for sequence in range(1, n + 1):
             self._c.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
 
-    def read(self, sequences: Sequence[Sequence[int]], first: Sequence[int]) -> list[np.ndarray]:
-        """Logits (n_i, n_vocab) float32 at positions first[i]… of every sequence."""
+    def read(
+        self,
+        sequences: Sequence[Sequence[int]],
+        first: Sequence[int],
+        switch: tuple[Sequence[int], Sequence[float]] | None = None,
+    ) -> list[np.ndarray]:
+        """Logits (n_i, n_vocab) float32 at positions first[i]… of every sequence.
+
+        `switch` holds a position of each sequence, at most first[i], and scales: what is
+        before it is read with the scales as they are, what follows with those.
+        """
         self._fork(len(sequences))
         start = len(self._prefix)
         cells = [
@@ -129,6 +143,13 @@ class ParallelContext:
             np.empty((len(s) - f, self._n_vocab), np.float32)
             for s, f in zip(sequences, first, strict=True)
         ]
+        if switch is not None:
+            at, scales = switch
+            before = [cell for cell in cells if cell[1] - start < at[cell[2] - 1]]
+            for _ in self._decode(before):
+                pass
+            cells = [cell for cell in cells if cell[1] - start >= at[cell[2] - 1]]
+            self.apply_scales(scales)
         wanted = ((s, i) for s, rows in enumerate(out) for i in range(len(rows)))
         for (s, i), row in zip(wanted, self._decode(cells), strict=True):
             out[s][i] = row

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from superego.adapter import Adapter, read_adapter, same_weights
+from superego.adapter import Adapter, read_adapter, same_weights, split_scale
 from superego.base import BaseModel
 from superego.errors import SuperegoError
 
@@ -58,16 +57,8 @@ def converter(name: str) -> Any:
 
 def parse_persona(text: str) -> tuple[Adapter, float]:
     """FILE or FILE:SCALE; a name with a colon of its own is taken as it is if it exists."""
-    path, _, scale = text.rpartition(":")
-    if Path(text).exists() or not path:
-        return read_adapter(Path(text)), 1.0
-    try:
-        value = float(scale)
-    except ValueError:
-        return read_adapter(Path(text)), 1.0
-    if not -100 <= value <= 100:
-        raise SuperegoError(f"{text}: scale {scale} is not between -100 and 100")
-    return read_adapter(Path(path)), value
+    path, scale = split_scale(text)
+    return read_adapter(path), 1.0 if scale is None else scale
 
 
 def lines_of(path: Path) -> list[str]:

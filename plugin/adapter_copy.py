@@ -1,0 +1,106 @@
+"""Copies of adapter files in which some metadata or the matrices' shape is another.
+
+Knows GGUF files and how llama.cpp multiplies a LoRA's matrices. Does not know who is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+
+from superego.adapter import Adapter, read_adapter
+from superego.atomic import replacing
+
+# key -> value, its type, and its elements' type where it is an array
+Metadata = Mapping[str, tuple[Any, GGUFValueType, GGUFValueType | None]]
+_TILE = 4  # llama.cpp's tiled product takes matrices whose rows are a multiple of this
+
+
+def write_copy(
+    adapter: Adapter,
+    path: Path,
+    changed: Metadata,
+    matrices: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write an adapter again with changed metadata, atomically; raises SuperegoError.
+
+    `matrices` (full tensor name -> F16 or F32) replace all tensors; None keeps them bit for bit.
+    """
+    reader = GGUFReader(adapter.path)
+    with replacing(path) as temporary:
+        writer = GGUFWriter(temporary, adapter.header.text("general.architecture"))
+        for key, field in reader.fields.items():
+            if key.startswith("GGUF.") or key == "general.architecture" or key in changed:
+                continue
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+        for key, (value, kind, inner) in changed.items():
+            writer.add_key_value(key, value, kind, inner)
+        if matrices is None:
+            for tensor in reader.tensors:
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        else:
+            for name, matrix in matrices.items():
+                writer.add_tensor(name, matrix)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+    read_adapter(path)
+
+
+def is_batch_invariant(adapter: Adapter) -> bool:
+    """Whether llama.cpp on a CPU multiplies by its matrices alike for one column and for many.
+
+    For several columns it takes a tiled product that sums in another order, where the rows
+    are a multiple of 4 and the columns of its vector's width; a rank that is no multiple of 4
+    keeps both A (r, in) and B (out, r) from it.
+    """
+    return all(a.shape[0] % _TILE for a, _ in adapter.pairs.values())
+
+
+def write_batch_invariant(adapter: Adapter, path: Path) -> None:
+    """Write an adapter that does the same, each rank raised to no multiple of 4 with zeros.
+
+    alpha / rank goes into B, and alpha becomes 0 (llama.cpp: the user's scale alone).
+    """
+    stored = {t.name: t for t in GGUFReader(adapter.path).tensors}
+
+    def read(name: str) -> np.ndarray:
+        tensor = stored[name]
+        if tensor.tensor_type == GGMLQuantizationType.BF16:
+            return np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type))
+        return np.asarray(tensor.data)
+
+    matrices = {}
+    for name, (a_info, _) in adapter.pairs.items():
+        a, b = read(f"{name}.lora_a"), read(f"{name}.lora_b")
+        rank = a_info.shape[0]
+        extra = 0 if rank % _TILE else 1
+        factor = adapter.alpha / rank if adapter.alpha else 1.0
+        scaled = b.astype(np.float32) * factor
+        kind = b.dtype if np.abs(scaled).max(initial=0) < 6e4 else np.dtype(np.float32)
+        matrices[f"{name}.lora_a"] = np.pad(a, ((0, extra), (0, 0)))
+        matrices[f"{name}.lora_b"] = np.pad(scaled, ((0, 0), (0, extra))).astype(kind)
+    alpha = {"adapter.lora.alpha": (0.0, GGUFValueType.FLOAT32, None)}
+    write_copy(adapter, path, alpha, matrices)
+
+
+def batch_invariant(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Batch-invariant adapters in the same order: those that are as they are, else copies."""
+    found = []
+    for i, path in enumerate(paths):
+        adapter = read_adapter(path)
+        if is_batch_invariant(adapter):
+            found.append(path)
+        else:
+            found.append(folder / f"{i}.gguf")
+            write_batch_invariant(adapter, found[-1])
+    return found
