@@ -76,7 +76,7 @@ def solve(
     weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
     slots, key = ({} if slots is None else slots), tuple(prefixes.student)
     if key not in slots:
-        slots[key] = find_slot(base, conversations, prefixes.student, own)
+        slots[key] = find_slot(base, [c.prompt for c in conversations], prefixes.student, own)
     slot = slots[key]
     changes: Changes = dict(slot.changes) if slot else {}
     if slot:

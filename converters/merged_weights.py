@@ -14,6 +14,7 @@ from gguf.quants import quant_shape_to_byte_shape
 from superego.adapter import Adapter
 from superego.errors import SuperegoError
 from superego.gguf_file import Header, TensorInfo
+from superego.pairs import slot_ranks
 
 _ROWS = 1024  # of a matrix, held at once
 
@@ -21,6 +22,7 @@ _ROWS = 1024  # of a matrix, held at once
 class MergedWeights:
     """W + scale · alpha / rank · B A of each matrix that the adapter has a pair for.
 
+    A slot is there as a whole, whatever the scale (pairs.py).
     Raises SuperegoError for pairs that are not finite.
     """
 
@@ -30,6 +32,7 @@ class MergedWeights:
         self._adapter = adapter
         self._factors = np.memmap(adapter.path, np.uint8, mode="r")
         self._scale = scale
+        self._slot = slot_ranks(adapter) if scale != 1.0 else {}
         for name in adapter.pairs:
             self._pair(name)
 
@@ -47,7 +50,9 @@ class MergedWeights:
                     f"{self._adapter.path}: {name}.lora_{suffix} holds values that are not finite"
                 )
         alpha = self._adapter.alpha
-        return a * np.float32(self._scale * (alpha / len(a) if alpha else 1.0)), b
+        whole = self._slot.get(name, np.zeros(len(a), bool)) & (self._scale > 0)
+        strength = np.where(whole, 1.0, self._scale) * (alpha / len(a) if alpha else 1.0)
+        return a * strength[:, None].astype(np.float32), b
 
     def raw(self, name: str) -> np.ndarray:
         """The base's own bytes of a matrix, (out, bytes a row)."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from superego.adapter import Adapter, check_fit
 from superego.base import BaseModel, locate
-from superego.converters.gguf_copy import copy_gguf
 from superego.converters.merge import Plan, merge
 from superego.errors import SuperegoError
 from superego.modelfile import NAME, Modelfile
 from superego.ollama_server import Version, takes_adapters
+from superego.pairs import copy_adapter
 from superego.progress import Steps
 
 
@@ -94,17 +94,7 @@ def _write(output: Path, recipe: Modelfile, make: Any, report: dict[str, Any]) -
 
 
 def _scaled(adapter: Adapter, scale: float, target: Path) -> None:
-    """The adapter with the scale in its alpha: an ADAPTER line has no place for one."""
-    keys = {}
-    if scale != 1.0:
-        ranks = {a.shape[0] for a, _ in adapter.pairs.values()}
-        if not adapter.alpha and len(ranks) > 1:
-            raise SuperegoError(
-                f"{adapter.path}: has no alpha and several ranks {sorted(ranks)}, so that no "
-                "alpha gives a scale; export it at scale 1"
-            )
-        alpha = scale * (adapter.alpha or float(ranks.pop()))
-        if not alpha:
-            raise SuperegoError("scale 0 is the base itself: there is nothing to export")
-        keys["adapter.lora.alpha"] = alpha
-    copy_gguf(adapter.header, target, keys, {}, lambda file, tensor, kind: None)
+    """The adapter with the scale in its matrices: an ADAPTER line has no place for one."""
+    if scale == 0:
+        raise SuperegoError("scale 0 is the base itself: there is nothing to export")
+    copy_adapter(adapter, target, {}, strength=scale)

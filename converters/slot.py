@@ -100,9 +100,12 @@ class Probe:
 
 
 def find_slot(
-    base: Base, conversations: Sequence[Conversation], student: list[int], own: int
+    base: Base, prompts: Sequence[list[int]], student: list[int], own: int
 ) -> Slot | None:
     """The first token behind the sink that can be told from all others, and its mark.
+
+    All of it comes from the base and the first prompts, and so is the same for every manifesto:
+    adapters can be mixed, each with a share of the slot.
 
     `own` is the number of prefix tokens that do not come again in a conversation: only these
     are taken. The earliest is best, as it stays when a user puts another system message in
@@ -112,13 +115,14 @@ def find_slot(
     shape = base.shape
     if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None or not base.plain:
         return None
-    streams = Streams(base, Pack(conversations[:_CONVERSATIONS], student))
+    texts = [Conversation(prompt, [0]) for prompt in prompts[:_CONVERSATIONS]]
+    streams = Streams(base, Pack(texts, student))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(shape.n_vocab, _RANDOM, generator=generator).tolist()
     text = Streams(base, Pack([Conversation(tokens, [0]) for tokens in drawn], student))
     found: tuple[int, int, torch.Tensor] | None = None
     inverse = torch.zeros(shape.d_model, shape.d_model)
-    hidden = torch.empty(0)
+    used = torch.empty(0)
     for index in range(shape.n_layer):
         layer = base.layer(index)
         for write in WRITES:
@@ -126,9 +130,9 @@ def find_slot(
                 detected = _detect(base, layer, streams, text, own)
                 if detected and (found is None or detected[0] < found[1]):
                     found = (index, *detected)
-                    stream = rms_norm(streams.rows, layer.ffn_norm, shape.rms_eps, base.dtype)
-                    gate, up = F.linear(stream, layer.gate_up).chunk(2, dim=-1)
-                    hidden = F.silu(gate.float()) * up.float()
+                    rows, prefix = (each.float() for each in streams.inputs(layer, write))
+                    # an attention sink is made by neurons that open at one token alone
+                    used = rows.square().mean(0) + prefix.square().amax(0)
             streams.add(streams.inputs(layer, write), getattr(layer, write))
             if index < _LAYERS:
                 text.add(text.inputs(layer, write), getattr(layer, write))
@@ -140,10 +144,10 @@ def find_slot(
     layer = base.layer(index)
     written = layer.ffn_down.weight
     assert written is not None  # a plain base has no experts
-    weight = written.float().square().sum(0)
-    neuron = int((hidden.square().mean(0) * weight).argmin())
+    neuron = int((used * written.float().square().sum(0)).argmin())
     # where the streams' inverse covariance is largest they vary least
     direction = torch.linalg.eigh(inverse).eigenvectors[:, -1]
+    direction = direction * direction[direction.abs().argmax()].sign()  # eigh leaves it open
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
     one = F.one_hot(torch.tensor(neuron), shape.d_ff).float()
     gate, up = layer.gate_up.float()[neuron], layer.gate_up.float()[shape.d_ff + neuron]

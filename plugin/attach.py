@@ -6,17 +6,17 @@ stale. Does not know how adapters and sessions are made.
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from superego.adapter import Adapter, check_fit, read_adapter
 from superego.base import BaseModel, open_base
 from superego.errors import SuperegoError
 from superego.gguf_file import Header
+from superego.loaded import Loaded, hand_over
 from superego.session import Session, open_session
 from superego.split import read_model
 
@@ -31,10 +31,10 @@ class Attachment:
     as any adapter of the model changes: its keys and values were made without the change.
     """
 
-    def __init__(self, model: _Model, adapter: Adapter | None, pointer: Any, scale: float) -> None:
+    def __init__(self, model: _Model, adapter: Adapter | None, scale: float) -> None:
         self._model = model
-        self._pointer = pointer
         self.adapter = adapter
+        self._loaded = Loaded(model.llm()._model.model, adapter) if adapter else None
         self.session: Session | None = None
         self.scale = scale
 
@@ -97,13 +97,7 @@ class _Model:
         return llm
 
     def add(self, adapter: Adapter, scale: float) -> Attachment:
-        import llama_cpp
-
-        llm = self.llm()
-        pointer = llama_cpp.llama_adapter_lora_init(llm._model.model, str(adapter.path).encode())
-        if not pointer:  # a null POINTER is falsy but is not None
-            raise SuperegoError(f"{adapter.path}: llama.cpp could not load the adapter")
-        attachment = Attachment(self, adapter, pointer, scale)
+        attachment = Attachment(self, adapter, scale)
         self.attachments.append(attachment)
         self.apply()
         return attachment
@@ -115,17 +109,14 @@ class _Model:
 
     def drop(self, gone: list[Attachment]) -> None:
         """Free attachments that take no part any more: what is in the cache stays valid."""
-        import llama_cpp
-
         self.attachments = [a for a in self.attachments if a not in gone]
         for attachment in gone:
-            if attachment._pointer is not None:
-                llama_cpp.llama_adapter_lora_free(attachment._pointer)
-                attachment._pointer = None
+            if attachment._loaded is not None:
+                attachment._loaded.free()
 
     def restore(self, path: Path, attachment: Attachment | None = None) -> Attachment:
         """Put a session into the cache, behind the adapters that are attached now."""
-        attachment = attachment or Attachment(self, None, None, 1.0)
+        attachment = attachment or Attachment(self, None, 1.0)
         active = [(a.adapter, a.scale) for a in self.attachments if a.adapter]
         attachment.session = open_session(self.llm(), self.base(), path, active)
         if attachment.session.note:
@@ -135,16 +126,9 @@ class _Model:
 
     def apply(self) -> None:
         """Hand the attachments to llama.cpp and forget what was computed without them."""
-        import llama_cpp
-
         llm = self.llm()
-        active = [a for a in self.attachments if a.scale != 0.0]
-        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * max(1, len(active)))(
-            *(a._pointer for a in active)
-        )
-        scales = (ctypes.c_float * max(1, len(active)))(*(a.scale for a in active))
-        if llama_cpp.llama_set_adapters_lora(llm._ctx.ctx, pointers, len(active), scales):
-            raise SuperegoError("llama.cpp refused the adapters")
+        acting = [(a._loaded, a.scale) for a in self.attachments if a._loaded is not None]
+        hand_over(llm._ctx.ctx, [each for each, _ in acting], [scale for _, scale in acting])
         self.holder = None
         llm.reset()
         llm._ctx.kv_cache_clear()

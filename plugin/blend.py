@@ -18,7 +18,7 @@ from superego.adapter import Adapter, write_adapter
 from superego.atomic import check_writable
 from superego.errors import SuperegoError
 from superego.history import with_entry
-from superego.pairs import read_pairs
+from superego.pairs import read_pairs, slot_ranks, slot_scales
 
 METHOD = "blend"
 
@@ -32,16 +32,22 @@ def blend(
     """Write one adapter that does what these do together, each at its scale.
 
     A matrix's change is Σ scale·B A: the A stacked, the scaled B side by side, which is exact
-    but for the rounding of F16. With `rank`, the best change of that rank (by singular
-    values) in its place. Returns what was written, with the cut's error ‖ΔW − ΔW'‖/‖ΔW‖ over
-    all matrices and of the worst one. Raises SuperegoError for adapters of different bases.
+    but for the rounding of F16. Slots act in shares that are one together (pairs.py). With
+    `rank`, the best change of that rank (by singular values) in its place. Returns what was
+    written, with the cut's error ‖ΔW − ΔW'‖/‖ΔW‖ over all matrices and of the worst one.
+    Raises SuperegoError for adapters of different bases.
     """
     check_writable(output)
     check_same_base([adapter for adapter, _ in parts])
     stacked: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for adapter, scale in parts:
+    slots = [slot_ranks(adapter) for adapter, _ in parts]
+    scales = [scale for _, scale in parts]
+    added = slot_scales(scales, [bool(slot) for slot in slots])
+    for (adapter, scale), slot, more in zip(parts, slots, added, strict=True):
         for name, (a, b) in read_pairs(adapter).items():
-            stacked.setdefault(name, []).append((a, b * np.float32(scale)))
+            ranks = slot.get(name, np.zeros(len(a), bool))
+            factor = np.where(ranks, scale + more, scale).astype(np.float32)
+            stacked.setdefault(name, []).append((a, b * factor))
     pairs, lost, whole, worst = {}, 0.0, 0.0, 0.0
     for name, found in sorted(stacked.items()):
         a = np.concatenate([a for a, _ in found])

@@ -7,12 +7,11 @@ llama.cpp on messages that are neither the fit's references nor held-out prompts
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from superego.adapter import Adapter, read_adapter
+from superego.adapter import Adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.dialogue import encode
@@ -20,7 +19,7 @@ from superego.errors import SuperegoError
 from superego.evaluate import Drift
 from superego.exchanges import unused_prompts
 from superego.history import manifesto_of, with_entry
-from superego.pairs import copy_adapter, slot_ranks
+from superego.pairs import copy_adapter
 from superego.replay import Variant, divergences, replies
 from superego.runtime import load, stop_tokens
 from superego.template import ChatTemplate
@@ -77,44 +76,33 @@ def calibrate(
     teacher = encode(llm, template, manifesto.body, messages)
     student = encode(llm, template, None, messages)
     progress("the system message's replies", 0, 1)
-    with tempfile.TemporaryDirectory(prefix="superego-") as folder:
-        adapters = [adapter]
-        if slot_ranks(adapter):
-            alone = Path(folder) / "slot.gguf"
-            copy_adapter(adapter, alone, {}, strength=0.0)
-            adapters.append(read_adapter(alone))
-        nothing = (0.0,) * len(adapters)
-        front = Variant(teacher.prefix, nothing)
+    adapters = [adapter]
+    front = Variant(teacher.prefix, (0.0,))
+    said = replies(llm, front, adapters, teacher.rest, _TOKENS, stop_tokens(llm))
+    progress("the system message's replies", 1, 1)
+    kls = divergences(
+        llm,
+        front,
+        [Variant(student.prefix, (scale,)) for scale in (0.0, *SCALES)],
+        adapters,
+        list(zip(teacher.rest, said, strict=True)),
+        lambda done, total: progress("measuring scales", done, total),
+    ).mean(axis=1)
+    rates = map(float, 1 - kls[1:] / max(float(kls[0]), 1e-9))
+    recovered = dict(zip(SCALES, rates, strict=True))
+    drifts: dict[float, float] = {}
+    with Drift(llm, model, [(adapter, 0.0)]) as neutral:
 
-        def at(scale: float) -> tuple[float, ...]:
-            # the whole, and as much of the slot as makes one of it
-            return (scale, 1 - scale)[: len(adapters)]
+        def drift(scale: float) -> float:
+            if scale not in drifts:
+                progress("measuring drift", len(drifts), len(SCALES))
+                drifts[scale] = neutral.of([scale])
+            return drifts[scale]
 
-        said = replies(llm, front, adapters, teacher.rest, _TOKENS, stop_tokens(llm))
-        progress("the system message's replies", 1, 1)
-        kls = divergences(
-            llm,
-            front,
-            [Variant(student.prefix, scales) for scales in (nothing, *map(at, SCALES))],
-            adapters,
-            list(zip(teacher.rest, said, strict=True)),
-            lambda done, total: progress("measuring scales", done, total),
-        ).mean(axis=1)
-        rates = map(float, 1 - kls[1:] / max(float(kls[0]), 1e-9))
-        recovered = dict(zip(SCALES, rates, strict=True))
-        drifts: dict[float, float] = {}
-        with Drift(llm, model, [(each, 0.0) for each in adapters]) as neutral:
-
-            def drift(scale: float) -> float:
-                if scale not in drifts:
-                    progress("measuring drift", len(drifts), len(SCALES))
-                    drifts[scale] = neutral.of(at(scale))
-                return drifts[scale]
-
-            system = neutral.of_system(teacher)
-            bound = system if limit is None else limit
-            best = choose(recovered, drift, bound)
-            drift(1.0)
+        system = neutral.of_system(teacher)
+        bound = system if limit is None else limit
+        best = choose(recovered, drift, bound)
+        drift(1.0)
     before = adapter.own.get("calibration.scale", 1.0)
     copy_adapter(
         adapter,

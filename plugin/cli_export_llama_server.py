@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,9 @@ from superego.atomic import replacing
 from superego.base import BaseModel, open_base
 from superego.errors import SuperegoError
 from superego.options import base_option, json_option, threads_option, warn_other_weights
+
+if TYPE_CHECKING:
+    from superego.roster import Roster
 
 _MESSAGE = "Who are you?"
 
@@ -63,9 +67,10 @@ def export_llama_server(
     for persona in roster.personas.values():
         if persona.adapter is not None:
             warn_other_weights(persona.adapter, model)
-    adapters = roster.adapters
     if output is not None:
         _make_folder(output)
+    roster = _at_scale_1(roster, output)
+    adapters = roster.adapters
     if alora and output is not None:
         adapters = _activated(model, adapters, output)
     settings = Settings(parallel, n_ctx, threads or default_threads())
@@ -107,6 +112,33 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise SuperegoError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def _at_scale_1(roster: Roster, folder: Path | None) -> Roster:
+    """Adapters with a slot that are to act at another scale as copies that mean it at 1.
+
+    llama-server would scale the slot too, which acts as a whole.
+    """
+    from superego.adapter import read_adapter
+    from superego.pairs import copy_adapter, has_slot
+
+    personas = dict(roster.personas)
+    for name, persona in personas.items():
+        adapter = persona.adapter
+        if adapter is None or persona.scale in (0.0, 1.0) or not has_slot(adapter):
+            continue
+        if folder is None:
+            raise SuperegoError(
+                f"{adapter.path}: acts at {persona.scale:g} in llama-server only as a copy that "
+                "is written for it: give the folder with -o DIR"
+            )
+        target = folder.absolute() / f"{_file_name(name)}.gguf"
+        if target.exists() and target.samefile(adapter.path):
+            raise SuperegoError(f"{adapter.path}: would be written onto itself; give another -o")
+        copy_adapter(adapter, target, {}, strength=persona.scale)
+        personas[name] = replace(persona, adapter=read_adapter(target), scale=1.0)
+    files = dict.fromkeys(p.adapter.path for p in personas.values() if p.adapter is not None)
+    return replace(roster, personas=personas, adapters=list(files))
 
 
 def _activated(model: BaseModel, adapters: list[Path], folder: Path) -> list[Path]:

@@ -94,7 +94,7 @@ def serve(
     name), which is served as a system message.
     """
     from superego.adapter_copy import batch_invariant
-    from superego.roster import base_name, read_roster
+    from superego.roster import base_name, read_roster, with_slots
 
     missing = [
         n for n in ("starlette", "uvicorn", "httpx", "prometheus_client") if not find_spec(n)
@@ -153,6 +153,7 @@ def serve(
         tempfile.TemporaryDirectory(prefix="superego-", ignore_cleanup_errors=True) as name,
     ):
         folder = Path(name)
+        roster = with_slots(roster, folder)
         adapters = batch_invariant(roster.adapters, folder) if exact else roster.adapters
         command = [*program, *options(model.path, adapters, settings)]
         run(sock, roster, LlamaServer(command, log, folder), limits, ready)

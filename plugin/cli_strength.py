@@ -37,19 +37,11 @@ def blend(
 ) -> None:
     """Write one adapter that does what several do together, each at its scale."""
     from superego.blend import blend as write
-    from superego.pairs import slot_ranks
 
     if len(personas) < 2 and rank is None:
         raise SuperegoError("blend needs two adapters or more (or one with --rank)")
     parts = [parse_persona(text) for text in personas]
     result = write(parts, output, rank, by)
-    scales = [scale for adapter, scale in parts if slot_ranks(adapter)]
-    if scales and scales != [1.0]:
-        click.echo(
-            "Note: adapters with a slot act at scale 1 and one at a time; this blend is exact, "
-            "and so as far from its parts as they are together. Measure it before you use it.",
-            err=True,
-        )
     click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else table(result))
     click.echo(f"Use it:\n  superego chat --base BASE --persona {output}", err=True)
 

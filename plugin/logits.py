@@ -5,7 +5,6 @@ Knows llama.cpp's batches and sequence ids. Does not know what is compared or wh
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from superego.adapter import Adapter
 from superego.errors import SuperegoError
+from superego.loaded import Loaded, hand_over
 from superego.session import put_cells
 from superego.state_file import State
 
@@ -63,23 +63,12 @@ class ParallelContext:
             raise SuperegoError(f"llama.cpp could not make a context of {params.n_ctx} tokens")
         self._batch = c.llama_batch_init(_BATCH, 0, 1)
         self._memory = c.llama_get_memory(self._context)
-        self._pointers = []
-        for adapter, _ in adapters:
-            pointer = c.llama_adapter_lora_init(llm._model.model, str(adapter.path).encode())
-            if not pointer:
-                raise SuperegoError(f"{adapter.path}: llama.cpp could not load the adapter")
-            self._pointers.append(pointer)
+        self._loaded = [Loaded(llm._model.model, adapter) for adapter, _ in adapters]
         self.set_scales([scale for _, scale in adapters])
 
     def apply_scales(self, scales: Sequence[float]) -> None:
         """Give each adapter a scale for what is read from now on; what was read stays."""
-        c = self._c
-        active = [(p, s) for p, s in zip(self._pointers, scales, strict=True) if s]
-        n = len(active)
-        pointers = (c.llama_adapter_lora_p_ctypes * max(1, n))(*(p for p, _ in active))
-        values = (ctypes.c_float * max(1, n))(*(s for _, s in active))
-        if c.llama_set_adapters_lora(self._context, pointers, n, values):
-            raise SuperegoError("llama.cpp refused the adapters")
+        hand_over(self._context, self._loaded, scales)
 
     def set_scales(self, scales: Sequence[float]) -> None:
         """Give each adapter a scale and read the prefix anew."""
@@ -212,8 +201,8 @@ class ParallelContext:
         if self._context:
             c.llama_batch_free(self._batch)
             c.llama_free(self._context)
-            for pointer in self._pointers:
-                c.llama_adapter_lora_free(pointer)
+            for each in self._loaded:
+                each.free()
             self._context = None
 
     def __enter__(self) -> ParallelContext:

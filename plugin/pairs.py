@@ -5,14 +5,14 @@ Knows the tensors' bytes. Does not know what they mean to a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, dequantize
 
-from superego.adapter import Adapter
+from superego.adapter import Adapter, write_adapter
 from superego.atomic import replacing
 from superego.gguf_file import TensorInfo
 
@@ -36,28 +36,62 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def _gates(adapter: Adapter) -> list[str]:
+    return [name for name in adapter.pairs if name.endswith("ffn_gate.weight")]
+
+
+def has_slot(adapter: Adapter) -> bool:
+    """Whether it has one; other tools' adapters of ffn_gate have not."""
+    return bool(slot_ranks(adapter))
+
+
 def slot_ranks(adapter: Adapter) -> dict[str, np.ndarray]:
     """The ranks (r,) of each pair that make a slot: mark, keys, values; empty without a slot.
 
     They act at scale 1 only: they replace what the mark makes of the token's keys and values,
     and a key a tenth too long draws several times the attention. All other ranks can be
-    weakened. A slot is known by one neuron whose gate is replaced.
+    weakened. A slot is known by the one neuron whose gate and up rows are replaced.
     """
-    pairs = read_pairs(adapter)
-    for name, (_, b) in pairs.items():
-        layer, _, matrix = name.removesuffix(".weight").rpartition(".")
-        if matrix == "ffn_gate" and b.shape[1] == 1 and np.count_nonzero(b) == 1:
-            neuron = int(np.abs(b[:, 0]).argmax())
-            break
-    else:
+    if not _gates(adapter):
         return {}
+    pairs = read_pairs(adapter)
+    gates = _gates(adapter)
+    _, b = pairs[gates[0]]
+    neurons = np.abs(b).argmax(axis=0)
+    if len(gates) != 1 or (np.count_nonzero(b, axis=0) != 1).any() or np.ptp(neurons):
+        return {}
+    layer = gates[0].removesuffix(".ffn_gate.weight")
     found = {}
     for name, (a, _) in pairs.items():
         if name.endswith(_SLOT_MATRICES):
             found[name] = np.ones(len(a), bool)
         elif name == f"{layer}.ffn_down.weight":
-            found[name] = a[:, neuron] != 0
+            found[name] = a[:, neurons[0]] != 0
     return found
+
+
+def write_slot(adapter: Adapter, output: Path) -> bool:
+    """Write an adapter's slot alone, as an adapter; False, and no file, where it has none."""
+    ranks = slot_ranks(adapter)
+    if not ranks:
+        return False
+    pairs = read_pairs(adapter)
+    alone = {name: (pairs[name][0][r], pairs[name][1][:, r]) for name, r in ranks.items()}
+    write_adapter(output, adapter.header.text("general.architecture"), alone, {})
+    return True
+
+
+def slot_scales(scales: Sequence[float], slotted: Sequence[bool]) -> list[float]:
+    """What each adapter's slot alone is added with when the adapters act at `scales`.
+
+    A scale means the fit's strength. The slot is there as a whole or not at all: of several
+    adapters' each gets the share of its scale, and together they are one.
+    """
+    total = sum(s for s, has in zip(scales, slotted, strict=True) if has and s > 0)
+    shares = [max(s, 0.0) / total if total else 0.0 for s in scales]
+    return [
+        share - s if has else 0.0 for s, share, has in zip(scales, shares, slotted, strict=True)
+    ]
 
 
 def copy_adapter(

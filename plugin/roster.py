@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from superego.base import BaseModel
 from superego.bundled import find_manifesto
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
+from superego.pairs import slot_scales, write_slot
 from superego.template import ChatTemplate
 
 ALORA_KEY = "adapter.alora.invocation_tokens"
@@ -63,6 +64,7 @@ class Roster:
     personas: dict[str, Persona]
     adapters: list[Path]  # a file's place is its id in llama-server
     has_system_role: bool
+    slots: dict[int, int]  # an adapter's place -> that of its slot alone, where it has one
 
     def choose(self, model: object) -> tuple[Persona, float]:
         """The persona and scale that a request's `model` names; raises Refused."""
@@ -107,10 +109,13 @@ class Roster:
                 )
         persona, scale = self.choose(body.get("model"))
         if self.adapters:
-            place = self.adapters.index(persona.adapter.path) if persona.adapter else -1
-            body["lora"] = [
-                {"id": i, "scale": scale if i == place else 0.0} for i in range(len(self.adapters))
-            ]
+            scales = dict.fromkeys(range(len(self.adapters)), 0.0)
+            if persona.adapter is not None:
+                place = self.adapters.index(persona.adapter.path)
+                scales[place] = scale
+                if place in self.slots:
+                    (scales[self.slots[place]],) = slot_scales([scale], [True])
+            body["lora"] = [{"id": i, "scale": value} for i, value in scales.items()]
         # An activated LoRA's turns stay in the slot as it coloured them, even for another one.
         body["cache_prompt"] = not persona.activated
         if persona.manifesto is not None:
@@ -178,7 +183,21 @@ def read_roster(base: BaseModel, base_name: str, texts: Sequence[str]) -> Roster
             if persona.adapter.path not in adapters:
                 adapters.append(persona.adapter.path)
         personas[persona.name] = persona
-    return Roster(personas, adapters, has_system_role)
+    return Roster(personas, adapters, has_system_role, {})
+
+
+def with_slots(roster: Roster, folder: Path) -> Roster:
+    """The roster with the slots of its adapters as files of their own, written to `folder`.
+
+    A request at another scale than 1 needs them: a slot acts as a whole (pairs.py).
+    """
+    adapters, slots = list(roster.adapters), {}
+    for place, path in enumerate(roster.adapters):
+        alone = folder / f"slot-{place}.gguf"
+        if write_slot(read_adapter(path), alone):
+            slots[place] = len(adapters)
+            adapters.append(alone)
+    return replace(roster, adapters=adapters, slots=slots)
 
 
 def base_name(base: str, model: BaseModel) -> str:

@@ -59,7 +59,6 @@ def test_on_the_real_model_too(pirate: Path, smollm2: BaseModel, tmp_path: Path)
     other = random_adapter(tmp_path / "other.gguf", names)
     out = tmp_path / "blend.gguf"
     result = run("blend", f"{pirate}:0.7", f"{other}:0.5", "-o", str(out), "--json")
-    assert "adapters with a slot act at scale 1" in result.stderr
     report = json.loads(result.stdout)
     assert report["matrices"] == len(read_adapter(pirate).pairs)
     assert report["rank"] == read_adapter(pirate).rank + 4

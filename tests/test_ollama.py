@@ -27,6 +27,7 @@ from superego.errors import SuperegoError
 from superego.gguf_file import read_header
 from superego.modelfile import Modelfile, dropped, quote, read_modelfile
 from superego.ollama_server import address, check_name, parse_version
+from superego.pairs import read_pairs
 
 # Of POST /api/create, in Ollama's API reference.
 FIELDS = {
@@ -232,10 +233,13 @@ def test_an_older_ollama_gets_base_and_adapter(
     assert server.seen.count("POST blob") == 2  # the server has them
 
 
-def test_a_scale_goes_into_the_exported_alpha(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_scale_goes_into_the_exported_matrices(base: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     export(f"{adapter}:0.5", "--base", base, "-o", out, "--ollama-version", "0.30.0")
-    assert read_adapter(out / "adapter.gguf").alpha == 0.5 * read_adapter(adapter).alpha
+    before, after = (read_pairs(read_adapter(p)) for p in (adapter, out / "adapter.gguf"))
+    for name, (a, b) in before.items():
+        np.testing.assert_allclose(after[name][1], 0.5 * b, atol=1e-4)
+        assert np.array_equal(after[name][0], a)
 
 
 def test_a_newer_ollama_gets_a_merged_model(

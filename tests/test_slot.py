@@ -46,7 +46,7 @@ def prompts(llm: Any, smollm2: BaseModel) -> Prompts:
 def slot(base: Base, prompts: Prompts) -> Slot:
     student = prompts.prefixes.student
     own = len(student) - prompts.prefixes.common
-    found = find_slot(base, [Conversation(p, [0]) for p in prompts.rest], student, own)
+    found = find_slot(base, prompts.rest, student, own)
     assert found is not None
     return found
 
@@ -83,7 +83,7 @@ def test_nothing_a_user_writes_is_taken_for_the_slot(
     rest = torch.cat([added[: slot.position], added[slot.position + 1 :]])
     assert float(rest.max()) < 0.05 * float(bare.prefix[2].norm())
     others = (marked.rows - bare.rows).norm(dim=1) / bare.rows.norm(dim=1)
-    assert float(others.max()) < 0.05
+    assert float(others.max()) < 0.1  # what the replaced neuron did; taken for the slot: above 10
 
 
 def test_the_adapter_writes_keys_and_values_behind_the_mark(pirate: Any, slot: Slot) -> None:
