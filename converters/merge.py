@@ -139,6 +139,11 @@ def merge(
     started = time.perf_counter()
     adapter, base = plan.adapter, model.header
     check_writable(output)
+    if base.parts:
+        raise SuperegoError(
+            f"{base.path}: is a model split in {len(base.parts)} files; join them first: "
+            f"llama-gguf-split --merge {base.path.name} WHOLE.gguf"
+        )
     check_fit(adapter, base)
     if output.exists() and any(output.samefile(p) for p in (base.path, adapter.path)):
         raise SuperegoError(f"{output}: is the base or the adapter itself; give another -o")
@@ -269,7 +274,8 @@ def _metadata(plan: Plan, model: BaseModel, source: Header) -> dict[str, Value]:
     keys: dict[str, Value] = {
         f"superego.{key}": value
         for key, value in adapter.own.items()
-        if isinstance(value, (str, int, float)) and not key.startswith("merge.")
+        if isinstance(value, (str, int, float))
+        and not key.startswith(("merge.", "references"))  # a merge is not amended
     }
     digest = hashlib.sha256()
     with adapter.path.open("rb") as file:

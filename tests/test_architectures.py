@@ -375,6 +375,7 @@ def shown(
         compile_manifesto(CALM, model, path, Settings.for_effort("quick", rank=64))
         adapter = read_adapter(path)
         report = evaluate(model, CALM.body, [(adapter, 1.0)], PROMPTS, max_tokens=16)[0]
+        assert report.kl_base > 0.01, "there must be something to recover"
         llm = load(model, n_ctx=1024)
         template = ChatTemplate(model.header)
         tokens = llm.tokenize(template.render(conversation(None, "Hi")).encode(), False, True)

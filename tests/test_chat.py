@@ -41,7 +41,7 @@ def test_an_interactive_chat_remembers_until_cleared() -> None:
 
 def test_misfits_are_refused_before_the_model_is_loaded(tmp_path: Path, pirate: Path) -> None:
     other = tmp_path / "other.gguf"
-    write_adapter(other, "llama", {"blk.0.x.weight": (np.ones((2, 8)), np.ones((8, 2)))}, {})
+    write_adapter(other, "llama", {"blk.0.ffn_down.weight": (np.ones((2, 8)), np.ones((8, 2)))}, {})
     hi = (*ASK, "--message", "hi")
     assert "made for another base" in refused(*hi, "--persona", str(other))
     assert "no such file" in refused(*hi, "--persona", "none.gguf:0.5")

@@ -154,7 +154,7 @@ def test_an_activated_adapter_keeps_the_bases_state(
         for way, values in first_word(llm, smollm2, plain, message).items()
     }
     assert min(apart, key=lambda way: apart[way]) == "one early", apart
-    assert apart["one early"] < 0.3, apart
+    assert apart["one early"] < 0.5 * apart["bare"], apart
 
 
 def test_bad_input_is_refused_in_one_line(pirate: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_llm_finds_the_plugin_and_starts_light(tmp_path: Path) -> None:
         "assert not {'torch', 'llama_cpp', 'superego.cli'} & set(sys.modules)\n"
     )
     environment = {"LLM_LOAD_PLUGINS": "superego", "LLM_USER_PATH": str(tmp_path), "PATH": ""}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
 
 
 def test_a_process_of_its_own_says_nothing_but_the_reply(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from conftest import documented, refused, run, tiny_model
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from gguf import quantize as quantize_in_python
+from tiny import TINY, build
 
-from superego.adapter import read_adapter
+from superego.adapter import read_adapter, write_adapter
 from superego.base import BaseModel, open_base
 from superego.converters.ggml_quantize import quantize
 from superego.converters.levels import LINEAR, read_grid
@@ -327,9 +328,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         "merge", str(adapter), "--base", str(other), "-o", out
     )
     other.unlink()
-    split = tiny_model(tmp_path / "split.gguf", split__count=3)
-    assert "join it first" in refused("merge", str(adapter), "--base", str(split), "-o", out)
-    split.unlink()
+    (tmp_path / "split").mkdir()
+    build(tmp_path / "split" / "tiny.gguf", TINY["llama"], per_part=15)
+    split = tmp_path / "split" / "tiny-00001-of-00003.gguf"
+    fits = tmp_path / "split" / "fits.gguf"
+    pair = np.ones((2, 512)), np.ones((256, 2))
+    write_adapter(fits, "llama", {"blk.0.ffn_down.weight": pair}, {})
+    assert "join them first" in refused("merge", str(fits), "--base", str(split), "-o", out)
+    shutil.rmtree(tmp_path / "split")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -85,6 +85,7 @@ def test_attach_gives_the_same_as_a_context(llm: Any, pirate: Path, tmp_path: Pa
     """At another scale two adapters are handed over; after it the base is bare again."""
 
     def last() -> np.ndarray:
+        llm.reset()
         llm.eval(llm.tokenize(b"<|im_start|>user\nhi<|im_end|>\n", special=True))
         found = np.array(llm._ctx.get_logits_ith(-1)[: llm.n_vocab()], copy=True)
         llm.reset()

@@ -507,7 +507,7 @@ def test_bad_input_is_refused_in_one_line(
     comma.write_bytes(pirate.read_bytes())
     assert "comma" in refused("serve", *base, f"x={comma}")
     split = tiny_model(tmp_path / "split.gguf", split__count=2)
-    assert "a split GGUF" in refused("serve", "--base", str(split))
+    assert "finds the others by name" in refused("serve", "--base", str(split))
     assert "no such program" in refused("serve", *base, "--llama-server", "none")
     broken = tmp_path / "llama-server"
     broken.write_text("#!/bin/sh\necho 'error: unknown argument: -cram' >&2\nexit 1\n")

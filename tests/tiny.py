@@ -208,8 +208,8 @@ TINY = {
         GRANITE,
         ("<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"),
         pre="refact",
-        embedding=0.03,  # before its scale of 12
-        output_norm=8.0,
+        embedding=0.005,  # before its scale of 12; larger, a tied output only repeats the last token
+        output_norm=60.0,
         metadata={
             "attention.scale": 0.03,
             "residual_scale": 0.22,
