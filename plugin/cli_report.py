@@ -57,14 +57,15 @@ def report(
 ) -> None:
     """Show PERSONAs beside their manifestos as system messages, on one self-contained page."""
     from superego.atomic import check_writable, replacing
-    from superego.report import gather, manifesto_in
+    from superego.history import manifesto_of
+    from superego.report import gather
     from superego.report_page import render, summary
 
     model = open_base(base)
     wanted = [parse_persona(text) for text in personas]
     for adapter, _ in wanted:
         check_fit(adapter, model.header)
-        manifesto_in(adapter)
+        manifesto_of(adapter)
         warn_other_weights(adapter, model)
     if output.suffix not in (".html", ".htm"):
         raise SuperegoError(f"{output}: expected a name that ends in .html")

@@ -19,6 +19,7 @@ from superego.base import BaseModel
 from superego.dialogue import encode
 from superego.errors import SuperegoError
 from superego.evaluate import Cost, Report, Trace, bundled, evaluate, run_cost
+from superego.history import manifesto_of
 from superego.logits import ParallelContext
 from superego.runtime import default_threads, load, stop_tokens
 from superego.template import ChatTemplate
@@ -99,17 +100,6 @@ class PersonaReport:
     same_base: bool | None  # was it made from this very file? None: it does not say
 
 
-def manifesto_in(adapter: Adapter) -> str:
-    """The manifesto in an adapter; raises SuperegoError where it holds none."""
-    found = adapter.own.get("manifesto")
-    if not isinstance(found, str) or not found.strip():
-        raise SuperegoError(
-            f"{adapter.path}: holds no superego.manifesto to compare with; a report needs an "
-            "adapter that superego made"
-        )
-    return found
-
-
 def gather(
     base: BaseModel,
     personas: Sequence[tuple[Adapter, float]],
@@ -124,7 +114,7 @@ def gather(
     `prompts` are measured on (32 of the held-out ones by default), `asks` are answered side by
     side (some of the prompts by default).
     """
-    manifestos = [manifesto_in(adapter) for adapter, _ in personas]
+    manifestos = [manifesto_of(adapter).body for adapter, _ in personas]
     prompts = _spread(bundled("heldout"), PROMPTS) if prompts is None else list(prompts)
     asks = list(asks) or _spread(prompts, _ASKED)
     template = ChatTemplate(base.header)

@@ -192,7 +192,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_is_written(tmp_path: Pat
     long = str(evil_adapter(tmp_path / "long.gguf", manifesto="word " * 600))
     out = str(tmp_path / "r.html")
     ask = ("--base", base, "-o")
-    assert "bare.gguf: holds no superego.manifesto" in refused("report", good, bare, *ask, out)
+    assert "bare.gguf: holds no manifesto" in refused("report", good, bare, *ask, out)
     assert "made for another base" in refused("report", good, "--base", "smollm2", "-o", out)
     assert "context of 512" in refused("report", long, *ask, out)
     assert "ends in .html" in refused("report", good, *ask, str(tmp_path / "r.pdf"))

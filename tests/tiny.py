@@ -208,7 +208,7 @@ TINY = {
         GRANITE,
         ("<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"),
         pre="refact",
-        embedding=0.005,  # before its scale of 12; larger, a tied output only repeats the last token
+        embedding=0.005,  # before its scale of 12; a tied output repeats larger ones
         output_norm=60.0,
         metadata={
             "attention.scale": 0.03,
