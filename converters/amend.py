@@ -33,7 +33,7 @@ def amendment(text_or_file: str) -> str:
     """
     path = Path(text_or_file)
     try:
-        there = path.exists()
+        there = bool(text_or_file) and path.exists()  # Path("") is the current folder
     except (OSError, ValueError):  # a text longer than a name may be
         there = False
     if there:

@@ -148,6 +148,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
         return refused("amend", str(source), text, "--base", str(on), "-o", str(out))
 
     assert "the amendment is empty" in no(kind, "  \n ")
+    assert "the amendment is empty" in no(kind, "")
     empty = tmp_path / "empty.md"
     empty.write_text("\n")
     assert "is empty" in no(kind, str(empty))
