@@ -31,18 +31,18 @@ def amendment(text_or_file: str) -> str:
 
     Raises SuperegoError for an empty or unreadable one, and for a file name without a file.
     """
+    text = text_or_file.strip()
+    if not text:
+        raise SuperegoError("the amendment is empty; write what is to be added")
     path = Path(text_or_file)
     try:
-        there = bool(text_or_file) and path.exists()  # Path("") is the current folder
+        there = path.exists()
     except (OSError, ValueError):  # a text longer than a name may be
         there = False
     if there:
         return read_manifesto(path).body
-    text = text_or_file.strip()
     if path.suffix.lower() in _TEXT_SUFFIXES and not any(c.isspace() for c in text):
         raise SuperegoError(f"{path}: no such file (expected an amendment's text or file)")
-    if not text:
-        raise SuperegoError("the amendment is empty; write what is to be added")
     if any(ord(c) < 32 and c not in "\n\r\t" for c in text):
         raise SuperegoError("the amendment holds control characters; it must be plain text")
     return parse_manifesto("\n" + text, "amendment", "amendment").body

@@ -7,8 +7,6 @@ path out; the command line wraps it.
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +39,7 @@ from superego.converters.transformer import Base, probe_dtype
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.progress import Steps
-from superego.runtime import default_threads, load
+from superego.runtime import default_threads, load, peak_memory
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -214,7 +212,7 @@ def compile_manifesto(
         "compute type": str(base.dtype).removeprefix("torch."),
         "matmul peak GFLOP/s": round(rate),
         "fit GFLOP/s": round(fit_operations(base, rows) / seconds["fit"] / 1e9),
-        "peak memory MB": _peak_memory() // 2**20,
+        "peak memory MB": peak_memory() // 2**20,
     }
 
 
@@ -320,9 +318,3 @@ def _metadata(
         "superego.kl_recovered": recovered,
     }
     return {key: value for key, value in described.items() if value != ""}
-
-
-def _peak_memory() -> int:
-    """Bytes this process has held at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

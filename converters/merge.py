@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from superego.converters.rounding import Feedback
 from superego.errors import SuperegoError
 from superego.gguf_file import Header, TensorInfo, read_header
 from superego.progress import Steps
-from superego.runtime import default_threads
+from superego.runtime import default_threads, peak_memory
 
 Type = GGMLQuantizationType
 _FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # llama_ftype
@@ -207,7 +205,7 @@ def merge(
         "rounding": "feedback" if moments else "nearest",
         "rounding error": rounder.errors(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "peak memory MB": _peak_memory() // 2**20,
+        "peak memory MB": peak_memory() // 2**20,
     }
 
 
@@ -300,9 +298,3 @@ def _metadata(plan: Plan, model: BaseModel, source: Header) -> dict[str, Value]:
     if earlier:  # a merge of a merge
         keys["superego.merge.before"] = json.dumps(earlier, sort_keys=True)
     return keys
-
-
-def _peak_memory() -> int:
-    """Bytes this process has held at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

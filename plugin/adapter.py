@@ -89,12 +89,17 @@ def write_adapter(
                 if not np.isfinite(half).all():
                     raise SuperegoError(f"{path}: {name}.lora_{suffix} overflows float16")
                 writer.add_tensor(f"{name}.lora_{suffix}", half)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        write_out(writer)
+
+
+def write_out(writer: GGUFWriter) -> None:
+    """Write what was added to a GGUF writer, and close it."""
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def read_adapter(path: Path) -> Adapter:

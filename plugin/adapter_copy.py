@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-from superego.adapter import Adapter, read_adapter
+from superego.adapter import Adapter, read_adapter, write_out
 from superego.atomic import replacing
 
 # key -> value, its type, and its elements' type where it is an array
@@ -29,8 +29,10 @@ def write_copy(
 ) -> None:
     """Write an adapter again with changed metadata, atomically; raises SuperegoError.
 
-    `matrices` (full tensor name -> F16 or F32) replace all tensors; None keeps them bit for bit.
+    `matrices` (full tensor name -> F16 or F32) replace tensors; the others stay bit for bit.
+    `path` may be the adapter's own.
     """
+    matrices = matrices or {}
     reader = GGUFReader(adapter.path)
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, adapter.header.text("general.architecture"))
@@ -41,18 +43,12 @@ def write_copy(
             writer.add_key_value(key, field.contents(), field.types[0], inner)
         for key, (value, kind, inner) in changed.items():
             writer.add_key_value(key, value, kind, inner)
-        if matrices is None:
-            for tensor in reader.tensors:
+        for tensor in reader.tensors:
+            if tensor.name in matrices:
+                writer.add_tensor(tensor.name, matrices[tensor.name])
+            else:
                 writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        else:
-            for name, matrix in matrices.items():
-                writer.add_tensor(name, matrix)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        write_out(writer)
     read_adapter(path)
 
 

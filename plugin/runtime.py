@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from superego.base import BaseModel
@@ -102,3 +103,11 @@ def control_tokens(llm: Llama, template: str) -> set[str]:
         if kind & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL or (own and text in template):
             found.add(text)
     return found
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
