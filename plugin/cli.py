@@ -19,6 +19,7 @@ import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_doctor import doctor
 from superego.cli_export_llama_server import export_llama_server
 from superego.cli_feedback import amend, diff, log, watch
 from superego.cli_library import add, remove
@@ -461,7 +462,7 @@ def _typed() -> Iterator[str]:
 
 for _command in (add, amend, blend, calibrate, diff, log, merge, move, ollama, remove, report):
     main.add_command(_command)
-for _command in (serve, tag, watch):
+for _command in (doctor, serve, tag, watch):
     main.add_command(_command)
 for _command in (export_llama_server, export_ollama):
     export.add_command(_command)
