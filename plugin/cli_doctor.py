@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from superego import completion
 from superego.options import json_option
 
 if TYPE_CHECKING:
@@ -19,7 +20,12 @@ _STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 @click.command()
-@click.option("--base", metavar="BASE", help="Also look at this base, and run it.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    shell_complete=completion.bases,
+    help="Also look at this base, and run it.",
+)
 @json_option
 @click.pass_context
 def doctor(context: click.Context, base: str | None, as_json: bool) -> None:
