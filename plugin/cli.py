@@ -302,7 +302,7 @@ def chat(
         talk = Chat(llm, template, text.body if text else None, opened, read)
         if talk.defused:
             click.echo(
-                f"Note: {talk.defused} control tokens in the documents were made plain text.",
+                f"Note: {talk.defused} control tokens in the documents are read as plain text.",
                 err=True,
             )
         if message is not None:
