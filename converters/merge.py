@@ -23,12 +23,12 @@ from superego.adapter import Adapter, check_fit
 from superego.atomic import check_writable, replacing
 from superego.base import BaseModel
 from superego.converters.ggml_quantize import quantize, quantize_file
-from superego.converters.gguf_copy import Value, copy_gguf, size_of
 from superego.converters.levels import LINEAR, read_grid
 from superego.converters.merged_weights import MergedWeights
 from superego.converters.moments import gather
 from superego.converters.rounding import Feedback
 from superego.errors import SuperegoError
+from superego.gguf_copy import Value, copy_gguf, size_of
 from superego.gguf_file import Header, TensorInfo, read_header
 from superego.progress import Steps
 from superego.runtime import default_threads, peak_memory

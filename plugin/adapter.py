@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from typing import TYPE_CHECKING, Any
 
 from superego.architectures import check_adaptable
 from superego.atomic import replacing
@@ -19,10 +16,14 @@ from superego.base import BaseModel
 from superego.errors import SuperegoError
 from superego.gguf_file import Header, TensorInfo, read_header
 
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+
 PREFIX = "superego."
 # One pair a weight matrix: A (r, in), B (out, r), numpy order.
-Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+Pairs = Mapping[str, "tuple[np.ndarray, np.ndarray]"]
+_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ def write_adapter(
     `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32). Tensors
     whose LoRA llama.cpp would load and not apply are refused.
     """
+    import numpy as np
+    from gguf import GGUFWriter
+
     check_adaptable(architecture, pairs)
     alpha = max(a.shape[0] for a, _ in pairs.values())
     with replacing(path) as temporary:
@@ -125,7 +129,7 @@ def read_adapter(path: Path) -> Adapter:
             raise SuperegoError(
                 f"{path}: tensor '{name}' is neither <base tensor>.lora_a nor .lora_b"
             )
-        if tensor.type not in _FLOATS or len(tensor.shape) != 2:
+        if tensor.type.name not in _FLOATS or len(tensor.shape) != 2:
             raise SuperegoError(
                 f"{path}: tensor '{name}' is {tensor.type.name} {tensor.shape}, expected a "
                 "two-dimensional F32, F16 or BF16 matrix"

@@ -1,55 +1,19 @@
-"""Copies of adapter files in which some metadata or the matrices' shape is another.
+"""Copies of adapters that llama.cpp multiplies alike however many columns there are.
 
-Knows GGUF files and how llama.cpp multiplies a LoRA's matrices. Does not know who is served.
+Knows how llama.cpp multiplies a LoRA's matrices. Does not know who is served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-from superego.adapter import Adapter, read_adapter, write_out
-from superego.atomic import replacing
+from superego.adapter import Adapter, read_adapter
+from superego.pairs import read_pairs, write_copy
 
-# key -> value, its type, and its elements' type where it is an array
-Metadata = Mapping[str, tuple[Any, GGUFValueType, GGUFValueType | None]]
 _TILE = 4  # llama.cpp's tiled product takes matrices whose rows are a multiple of this
-
-
-def write_copy(
-    adapter: Adapter,
-    path: Path,
-    changed: Metadata,
-    matrices: Mapping[str, np.ndarray] | None = None,
-) -> None:
-    """Write an adapter again with changed metadata, atomically; raises SuperegoError.
-
-    `matrices` (full tensor name -> F16 or F32) replace tensors; the others stay bit for bit.
-    `path` may be the adapter's own.
-    """
-    matrices = matrices or {}
-    reader = GGUFReader(adapter.path)
-    with replacing(path) as temporary:
-        writer = GGUFWriter(temporary, adapter.header.text("general.architecture"))
-        for key, field in reader.fields.items():
-            if key.startswith("GGUF.") or key == "general.architecture" or key in changed:
-                continue
-            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
-        for key, (value, kind, inner) in changed.items():
-            writer.add_key_value(key, value, kind, inner)
-        for tensor in reader.tensors:
-            if tensor.name in matrices:
-                writer.add_tensor(tensor.name, matrices[tensor.name])
-            else:
-                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        write_out(writer)
-    read_adapter(path)
 
 
 def is_batch_invariant(adapter: Adapter) -> bool:
@@ -67,26 +31,18 @@ def write_batch_invariant(adapter: Adapter, path: Path) -> None:
 
     alpha / rank goes into B, and alpha becomes 0 (llama.cpp: the user's scale alone).
     """
-    stored = {t.name: t for t in GGUFReader(adapter.path).tensors}
-
-    def read(name: str) -> np.ndarray:
-        tensor = stored[name]
-        if tensor.tensor_type == GGMLQuantizationType.BF16:
-            return np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type))
-        return np.asarray(tensor.data)
-
     matrices = {}
-    for name, (a_info, _) in adapter.pairs.items():
-        a, b = read(f"{name}.lora_a"), read(f"{name}.lora_b")
-        rank = a_info.shape[0]
-        extra = 0 if rank % _TILE else 1
-        factor = adapter.alpha / rank if adapter.alpha else 1.0
-        scaled = b.astype(np.float32) * factor
-        kind = b.dtype if np.abs(scaled).max(initial=0) < 6e4 else np.dtype(np.float32)
-        matrices[f"{name}.lora_a"] = np.pad(a, ((0, extra), (0, 0)))
-        matrices[f"{name}.lora_b"] = np.pad(scaled, ((0, 0), (0, extra))).astype(kind)
-    alpha = {"adapter.lora.alpha": (0.0, GGUFValueType.FLOAT32, None)}
-    write_copy(adapter, path, alpha, matrices)
+    for name, (a, b) in read_pairs(adapter).items():  # B times alpha / rank
+        halves = [tensor.type.name == "F16" for tensor in adapter.pairs[name]]
+        extra = 0 if len(a) % _TILE else 1
+        fits = np.abs(b).max(initial=0) < 6e4
+        matrices[f"{name}.lora_a"] = _typed(np.pad(a, ((0, extra), (0, 0))), halves[0])
+        matrices[f"{name}.lora_b"] = _typed(np.pad(b, ((0, 0), (0, extra))), halves[1] and fits)
+    write_copy(adapter, path, {"adapter.lora.alpha": 0.0}, matrices)
+
+
+def _typed(matrix: np.ndarray, half: bool) -> np.ndarray:
+    return matrix.astype(np.float16) if half else matrix
 
 
 def batch_invariant(paths: Sequence[Path], folder: Path) -> list[Path]:

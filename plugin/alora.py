@@ -10,12 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGUFValueType
-
 from superego.adapter import Adapter
-from superego.adapter_copy import write_copy
 from superego.dialogue import encode
 from superego.errors import SuperegoError
+from superego.pairs import write_copy
 from superego.roster import ALORA_KEY
 from superego.runtime import tokenize
 from superego.template import ChatTemplate
@@ -47,4 +45,4 @@ def invocation_tokens(llm: Llama, template: ChatTemplate) -> list[int]:
 def write_activated(adapter: Adapter, invocation: list[int], path: Path) -> None:
     """Copy an adapter, adding the invocation tokens; atomically; raises SuperegoError."""
     # llama.cpp takes unsigned 32-bit numbers here, and nothing else
-    write_copy(adapter, path, {ALORA_KEY: (invocation, GGUFValueType.ARRAY, GGUFValueType.UINT32)})
+    write_copy(adapter, path, {ALORA_KEY: invocation})

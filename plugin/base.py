@@ -20,6 +20,7 @@ from superego.split import named_links, read_model
 
 _SAMPLES = 64  # windows read over the file for its fingerprint
 _WINDOW = 16 * 1024  # bytes each
+_OLLAMA_HOST = "registry.ollama.ai"
 _EMBEDDING_ARCHITECTURES = {
     "bert",
     "modern-bert",
@@ -133,7 +134,8 @@ def _in_demo_package() -> Path:
     )
 
 
-def _ollama_store() -> Path:
+def ollama_store() -> Path:
+    """Where Ollama keeps its models: OLLAMA_MODELS, else its user's or its service's folder."""
     folder = os.environ.get("OLLAMA_MODELS")
     if folder:
         return Path(folder)
@@ -142,18 +144,29 @@ def _ollama_store() -> Path:
     return own if own.exists() or not service.exists() else service
 
 
+def ollama_models() -> list[str]:
+    """The names in Ollama's store, as `ollama:` takes them, sorted; empty without a store."""
+    manifests = ollama_store() / "manifests"
+    found = []
+    for path in manifests.glob("*/*/*/*"):
+        host, owner, model, tag = path.relative_to(manifests).parts
+        if path.is_file() and not tag.startswith("."):
+            front = [host, owner] if host != _OLLAMA_HOST else [owner] * (owner != "library")
+            found.append("/".join([*front, model]) + ("" if tag == "latest" else f":{tag}"))
+    return sorted(found)
+
+
 def _in_ollama(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+){0,3}(:[\w.-]+)?", name) or ".." in name:
         raise SuperegoError(f"ollama:{name}: not a model name (expected NAME[:TAG])")
-    store = _ollama_store()
+    store = ollama_store()
     model, _, tag = name.partition(":")
     parts = model.split("/")
-    defaults = ["registry.ollama.ai", "library"]
+    defaults = [_OLLAMA_HOST, "library"]
     parts = defaults[: max(0, 3 - len(parts))] + parts
     manifest = store.joinpath("manifests", *parts, tag or "latest")
     if not manifest.is_file():
-        root = store / "manifests" / "registry.ollama.ai" / "library"
-        known = sorted(f"{p.parent.name}:{p.name}" for p in root.glob("*/*") if p.is_file())
+        known = ollama_models()
         listing = f"; it has {', '.join(known[:8])}" if known else ""
         raise SuperegoError(
             f"ollama:{name}: not in Ollama's store {store}{listing}; "

@@ -11,14 +11,20 @@ from pathlib import Path
 from superego.manifesto import Manifesto, parse_manifesto, read_manifesto
 
 
+def bundled_names() -> list[str]:
+    """Their names, sorted; reads no file."""
+    folder = importlib.resources.files("superego.personas")
+    names = (file.name for file in folder.iterdir())
+    return sorted(name.removesuffix(".md") for name in names if name.endswith(".md"))
+
+
 def bundled() -> dict[str, Manifesto]:
     """Every bundled manifesto by name, sorted."""
     folder = importlib.resources.files("superego.personas")
     found = {}
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".md"):
-            stem = file.name.removesuffix(".md")
-            found[stem] = parse_manifesto(file.read_text("utf-8"), stem, file.name)
+    for stem in bundled_names():
+        text = folder.joinpath(f"{stem}.md").read_text("utf-8")
+        found[stem] = parse_manifesto(text, stem, f"{stem}.md")
     return found
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from superego.errors import SuperegoError
-from superego.provenance import Document, defused, in_front
-from superego.runtime import control_tokens, stop_tokens, tokenize
+from superego.prompt import encode_messages, spelled
+from superego.provenance import Document, in_front
+from superego.runtime import stop_tokens, tokenize
 from superego.session import Session, prefill, prefix_of
 from superego.template import ChatTemplate, Message
 
@@ -33,8 +34,8 @@ class Chat:
     ) -> None:
         """`session` is one that is in the model's cache; its manifesto is the system message.
 
-        `documents` stand in front of the first question, again after `clear`; their control
-        tokens are made plain text, `self.defused` counts them.
+        `documents` stand in front of the first question, again after `clear`; control
+        tokens in them are read as plain text, `self.defused` counts them.
         """
         self._session = session
         if session is not None:
@@ -49,10 +50,8 @@ class Chat:
             self._prefix = prefix_of(llm, template, system)
         self._front: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = []
-        special = control_tokens(llm, template.source) if documents else set()
-        clean = [defused(document, special) for document in documents]
-        self._documents = [document for document, _ in clean]
-        self.defused = sum(count for _, count in clean)
+        self._documents = list(documents)
+        self.defused = sum(spelled(llm, template, document.text) for document in documents)
 
     def clear(self) -> None:
         """Forget the conversation, keep the system message."""
@@ -81,8 +80,8 @@ class Chat:
         if self._documents and not self.messages:
             content = in_front(self._documents, message)
         turn: Message = {"role": "user", "content": content}
-        text = self._template.render([*self._front, *self.messages, turn])
-        tokens = tokenize(self._llm, text)
+        said_so_far = [*self._front, *self.messages, turn]
+        tokens = encode_messages(self._llm, self._template, said_so_far)
         front = self._prefix
         if self._session is not None:
             tokens, front = self._session.shorten(tokens), self._session.tokens

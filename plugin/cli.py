@@ -16,9 +16,12 @@ from typing import Any
 import click
 
 import superego
+from superego import completion
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
+from superego.cli_completion import completion as completion_command
+from superego.cli_doctor import doctor
 from superego.cli_export_llama_server import export_llama_server
 from superego.cli_feedback import amend, diff, log, watch
 from superego.cli_library import add, remove
@@ -31,11 +34,13 @@ from superego.cli_strength import blend, calibrate, move
 from superego.errors import SuperegoError
 from superego.history import manifesto_of
 from superego.options import (
+    EFFORTS,
     base_option,
     converter,
     gpu_layers_option,
     json_option,
     lines_of,
+    output_option,
     parse_persona,
     say,
     table,
@@ -70,12 +75,12 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("manifesto")
+@click.argument("manifesto", shell_complete=completion.manifestos)
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
+@output_option
 @click.option(
     "--effort",
-    type=click.Choice(["quick", "standard", "thorough"]),
+    type=click.Choice(EFFORTS),
     default="standard",
     show_default=True,
     help="How many references and how much solving.",
@@ -123,7 +128,7 @@ def compile(
 
 
 @main.command()
-@click.argument("manifesto")
+@click.argument("manifesto", shell_complete=completion.manifestos)
 @base_option
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.session"
@@ -133,6 +138,7 @@ def compile(
     "adapters",
     multiple=True,
     metavar="ADAPTER[:SCALE]",
+    shell_complete=completion.adapters,
     help="An adapter that is attached while the manifesto is read; may be given several times.",
 )
 @click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
@@ -211,13 +217,20 @@ def session(
     "personas",
     multiple=True,
     metavar="FILE[:SCALE]",
+    shell_complete=completion.adapters,
     help="An adapter, with a scale if not 1; may be given several times.",
 )
-@click.option("--system", metavar="FILE", help="A manifesto to use as the system message.")
+@click.option(
+    "--system",
+    metavar="FILE",
+    shell_complete=completion.manifestos,
+    help="A manifesto to use as the system message.",
+)
 @click.option(
     "--session",
     "session_file",
     metavar="FILE",
+    shell_complete=completion.sessions,
     help="A saved session; with --system it is made anew if it is not of that manifesto.",
 )
 @click.option(
@@ -289,7 +302,7 @@ def chat(
         talk = Chat(llm, template, text.body if text else None, opened, read)
         if talk.defused:
             click.echo(
-                f"Note: {talk.defused} control tokens in the documents were made plain text.",
+                f"Note: {talk.defused} control tokens in the documents are read as plain text.",
                 err=True,
             )
         if message is not None:
@@ -311,14 +324,19 @@ def chat(
 
 
 @main.command()
-@click.argument("adapter")
+@click.argument("adapter", shell_complete=completion.adapters)
 @base_option
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
     help="User messages, one a line; the bundled held-out ones by default.",
 )
-@click.option("--against", metavar="FILE", help="Another persona's adapter, for specificity.")
+@click.option(
+    "--against",
+    metavar="FILE",
+    shell_complete=completion.adapters,
+    help="Another persona's adapter, for specificity.",
+)
 @click.option("--max-tokens", type=click.IntRange(1, 4096), default=48, show_default=True)
 @threads_option
 @json_option
@@ -387,8 +405,13 @@ def export() -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--base", metavar="BASE", help="Also say whether it fits this base.")
+@click.argument("file", type=click.Path(path_type=Path), shell_complete=completion.adapters)
+@click.option(
+    "--base",
+    metavar="BASE",
+    shell_complete=completion.bases,
+    help="Also say whether it fits this base.",
+)
 @json_option
 def inspect(file: Path, base: str | None, as_json: bool) -> None:
     """Show what is in an adapter, and whether it fits a base."""
@@ -424,7 +447,12 @@ def inspect(file: Path, base: str | None, as_json: bool) -> None:
 
 @main.command()
 @json_option
-@click.option("--show", metavar="NAME", help="Print one manifesto as it is given to the model.")
+@click.option(
+    "--show",
+    metavar="NAME",
+    shell_complete=completion.bundled,
+    help="Print one manifesto as it is given to the model.",
+)
 def personas(as_json: bool, show: str | None) -> None:
     """List the bundled personas; their names can be given to compile and chat --system."""
     found = bundled()
@@ -461,7 +489,9 @@ def _typed() -> Iterator[str]:
 
 for _command in (add, amend, blend, calibrate, diff, log, merge, move, ollama, remove, report):
     main.add_command(_command)
-for _command in (serve, tag, watch):
+for _command in (completion_command, doctor, serve, tag, watch):
     main.add_command(_command)
 for _command in (export_llama_server, export_ollama):
     export.add_command(_command)
+if completion.VARIABLE in os.environ:  # a shell asks
+    completion.register()

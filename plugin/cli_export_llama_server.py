@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from superego import completion
 from superego.atomic import replacing
 from superego.base import BaseModel, open_base
 from superego.errors import SuperegoError
@@ -25,7 +26,9 @@ _MESSAGE = "Who are you?"
 
 
 @click.command("llama-server")
-@click.argument("personas", nargs=-1, required=True, metavar="PERSONA...")
+@click.argument(
+    "personas", nargs=-1, required=True, metavar="PERSONA...", shell_complete=completion.personas
+)
 @base_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Also write them there."

@@ -6,7 +6,6 @@ Knows options and output. Holds no logic of its own.
 from __future__ import annotations
 
 import json
-import shlex
 import tempfile
 import threading
 from contextlib import suppress
@@ -16,17 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from superego import completion
 from superego.adapter import check_fit, read_adapter
 from superego.base import open_base
 from superego.errors import SuperegoError
 from superego.manifesto import read_manifesto
 from superego.options import (
     base_option,
+    by_option,
     converter,
+    effort_option,
     json_option,
+    output_option,
     parse_persona,
+    persona_argument,
     table,
     threads_option,
+    use_it,
     warn_other_weights,
 )
 from superego.progress import Steps
@@ -34,21 +39,9 @@ from superego.progress import Steps
 if TYPE_CHECKING:
     from rich.console import Console
 
-output_option = click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf"
-)
-effort_option = click.option(
-    "--effort",
-    type=click.Choice(["quick", "standard", "thorough"]),
-    help="That of the adapter by default.",
-)
-by_option = click.option(
-    "--by", metavar="NAME", help="Who did it, for the log; your login name by default."
-)
-
 
 @click.command()
-@click.argument("persona", type=click.Path(path_type=Path))
+@persona_argument
 @click.argument("amendment")
 @base_option
 @output_option
@@ -80,13 +73,13 @@ def amend(
     with Steps() as steps:
         result = module.amend(adapter, text, model, output, effort, by, threads, steps)
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
-    click.echo(f"Use it:\n  superego chat --base {base} --persona {output}", err=True)
+    use_it(base, output)
     if persona.absolute() != output.absolute():
         click.echo(f"  superego diff {persona} {output} --base {base}", err=True)
 
 
 @click.command()
-@click.argument("persona", type=click.Path(path_type=Path))
+@persona_argument
 @json_option
 def log(persona: Path, as_json: bool) -> None:
     """Show what was done to PERSONA since its first compile, and by whom."""
@@ -108,9 +101,14 @@ def log(persona: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("a", metavar="A[:SCALE]")
-@click.argument("b", metavar="B[:SCALE]")
-@click.option("--base", metavar="BASE", help="Also compare what they make this base say.")
+@click.argument("a", metavar="A[:SCALE]", shell_complete=completion.adapters)
+@click.argument("b", metavar="B[:SCALE]", shell_complete=completion.adapters)
+@click.option(
+    "--base",
+    metavar="BASE",
+    shell_complete=completion.bases,
+    help="Also compare what they make this base say.",
+)
 @click.option("--show", type=click.IntRange(0), default=3, show_default=True, metavar="N")
 @threads_option
 @json_option
@@ -149,7 +147,7 @@ def diff(a: str, b: str, base: str | None, show: int, threads: int | None, as_js
 
 
 @click.command()
-@click.argument("manifesto", type=click.Path(path_type=Path))
+@click.argument("manifesto", type=click.Path(path_type=Path), shell_complete=completion.manifestos)
 @base_option
 @click.option("--ask", "questions", multiple=True, metavar="QUESTION", help="Asked at every save.")
 @click.option(
@@ -206,9 +204,7 @@ def watch(
                 break
             click.echo(f"Watching {manifesto}; Ctrl-C ends.", err=True)
     if output is not None and done:
-        click.echo(
-            f"Use it:\n  superego chat --base {base} --persona {shlex.quote(str(output))}", err=True
-        )
+        use_it(base, output)
 
 
 def _show(console: Console, turn: Any) -> None:

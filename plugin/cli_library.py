@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import click
 
-from superego import library
+from superego import completion, library
 from superego.adapter import check_fit
 from superego.base import open_base
 from superego.options import base_option, parse_persona, warn_other_weights
 
 
 @click.command()
-@click.argument("persona", metavar="PERSONA[:SCALE]")
+@click.argument("persona", metavar="PERSONA[:SCALE]", shell_complete=completion.adapters)
 @base_option
 @click.option("--name", help="Instead of the name in the adapter.")
 def add(persona: str, base: str, name: str | None) -> None:
@@ -29,7 +29,7 @@ def add(persona: str, base: str, name: str | None) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.kept)
 def remove(name: str) -> None:
     """Forget a persona that was added."""
     library.forget(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from superego import completion
 from superego.adapter import check_fit
 from superego.base import open_base
 from superego.errors import SuperegoError
@@ -97,7 +98,7 @@ def show_merged(
 
 
 @click.command()
-@click.argument("persona", metavar="PERSONA[:SCALE]")
+@click.argument("persona", metavar="PERSONA[:SCALE]", shell_complete=completion.adapters)
 @base_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
 @type_option

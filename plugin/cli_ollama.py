@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from superego import completion
 from superego.base import open_base
 from superego.bundled import find_manifesto
 from superego.cli_merge import keep_option, rounding_option, type_option
@@ -28,7 +29,7 @@ from superego.progress import Steps
 
 
 @click.command("ollama")
-@click.argument("persona", metavar="PERSONA[:SCALE]")
+@click.argument("persona", metavar="PERSONA[:SCALE]", shell_complete=completion.personas)
 @base_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
 @click.option(

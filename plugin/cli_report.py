@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from superego import completion
 from superego.adapter import check_fit
 from superego.base import open_base
 from superego.errors import SuperegoError
@@ -27,7 +28,13 @@ from superego.progress import Steps
 
 
 @click.command()
-@click.argument("personas", nargs=-1, required=True, metavar="PERSONA[:SCALE]…")
+@click.argument(
+    "personas",
+    nargs=-1,
+    required=True,
+    metavar="PERSONA[:SCALE]…",
+    shell_complete=completion.adapters,
+)
 @base_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.html")
 @click.option(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from superego import completion
 from superego.base import open_base
 from superego.errors import SuperegoError
 from superego.options import (
@@ -24,7 +25,7 @@ from superego.options import (
 
 
 @click.command()
-@click.argument("personas", nargs=-1, metavar="PERSONA...")
+@click.argument("personas", nargs=-1, metavar="PERSONA...", shell_complete=completion.personas)
 @base_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option(

@@ -10,24 +10,35 @@ from pathlib import Path
 
 import click
 
+from superego import completion
 from superego.adapter import check_fit, read_adapter
 from superego.base import open_base
-from superego.cli_feedback import by_option, effort_option, output_option
 from superego.errors import SuperegoError
 from superego.options import (
     base_option,
+    by_option,
     converter,
+    effort_option,
     json_option,
+    output_option,
     parse_persona,
+    persona_argument,
     table,
     threads_option,
+    use_it,
     warn_other_weights,
 )
 from superego.progress import Steps
 
 
 @click.command()
-@click.argument("personas", nargs=-1, required=True, metavar="A[:SCALE] B[:SCALE]...")
+@click.argument(
+    "personas",
+    nargs=-1,
+    required=True,
+    metavar="A[:SCALE] B[:SCALE]...",
+    shell_complete=completion.adapters,
+)
 @output_option
 @click.option("--rank", type=click.IntRange(1, 4096), help="Cut to this rank; exact by default.")
 @by_option
@@ -43,11 +54,11 @@ def blend(
     parts = [parse_persona(text) for text in personas]
     result = write(parts, output, rank, by)
     click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else table(result))
-    click.echo(f"Use it:\n  superego chat --base BASE --persona {output}", err=True)
+    use_it("BASE", output)
 
 
 @click.command()
-@click.argument("persona", type=click.Path(path_type=Path))
+@persona_argument
 @base_option
 @click.option(
     "--limit",
@@ -96,11 +107,11 @@ def calibrate(
         for point in points:
             drift = "" if point["drift"] is None else f"{point['drift']:.4f}"
             click.echo(f"{point['scale']:>5g}  {point['KL recovered']:>12.4f}  {drift}".rstrip())
-    click.echo(f"Use it:\n  superego chat --base {base} --persona {path}", err=True)
+    use_it(base, path)
 
 
 @click.command()
-@click.argument("persona", type=click.Path(path_type=Path))
+@persona_argument
 @base_option
 @output_option
 @click.option(
@@ -131,4 +142,4 @@ def move(
     with Steps() as steps:
         result = module.move(adapter, model, output, margin, effort, by, threads, steps)
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
-    click.echo(f"Use it:\n  superego chat --base {base} --persona {output}", err=True)
+    use_it(base, output)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from superego.runtime import tokenize
+from superego.prompt import encode_messages
 from superego.template import ChatTemplate, conversation
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def encode(
 
     Tokenizing the whole text keeps merges across the border as the runtime makes them.
     """
-    texts = [template.render(conversation(system, m)) for m in (*_PROBES, *messages)]
-    tokens = [tokenize(llm, text) for text in texts]
+    tokens = [
+        encode_messages(llm, template, conversation(system, m)) for m in (*_PROBES, *messages)
+    ]
     shared = 0
     for column in zip(*tokens, strict=False):
         if len(set(column)) > 1:

@@ -11,11 +11,12 @@ import struct
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
-
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from typing import TYPE_CHECKING, Any
 
 from superego.errors import SuperegoError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 _SCALARS = {
     0: ("<B", 1),
@@ -133,6 +134,8 @@ def metadata_spans(header: Header) -> dict[str, tuple[int, int]]:
 
 
 def _parse(reader: _Reader) -> Header:
+    from gguf import GGML_QUANT_SIZES  # its import takes longer than a header
+
     path = reader.path
     magic = reader.file.read(4)
     if magic != b"GGUF":
@@ -186,6 +189,8 @@ def _parse(reader: _Reader) -> Header:
 
 
 def _type(path: Path, name: str, kind: int) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
+
     try:
         return GGMLQuantizationType(kind)
     except ValueError:

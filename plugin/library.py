@@ -13,8 +13,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import platformdirs
-
 from superego.errors import SuperegoError
 
 
@@ -34,6 +32,8 @@ class Entry:
 
 def folder() -> Path:
     """Where personas are kept: NAME.gguf and NAME.json each."""
+    import platformdirs
+
     own = os.environ.get("SUPEREGO_PERSONAS")
     return Path(own) if own else Path(platformdirs.user_data_dir("superego")) / "personas"
 

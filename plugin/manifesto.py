@@ -8,30 +8,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from typing import TYPE_CHECKING
 
 from superego.errors import SuperegoError
 
+if TYPE_CHECKING:
+    from superego.front_matter import FrontMatter
+
 MAX_BYTES = 1_000_000  # beyond any context; refused before it is decoded
-
-
-class FrontMatter(BaseModel):
-    """What the front matter may say; unknown keys are refused so that typos are seen."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str | None = None
-    description: str = ""
-    version: str = ""
-    license: str = ""
-    examples: list[str] = []
-
-    @field_validator("version", mode="before")
-    @classmethod
-    def _version_as_text(cls, value: object) -> object:
-        return str(value) if isinstance(value, (int, float)) else value
 
 
 @dataclass(frozen=True)
@@ -86,7 +70,7 @@ def read_manifesto(path: Path) -> Manifesto:
 def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> Manifesto:
     """Split front matter from body; raises SuperegoError naming `where`."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    front = FrontMatter()
+    front: FrontMatter | None = None
     if lines[0].rstrip() == "---":
         end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
         if end is None:
@@ -99,6 +83,8 @@ def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> M
     body = "\n".join(lines).strip()
     if not body:
         raise SuperegoError(f"{where}: the manifesto is empty; write what the persona believes")
+    if front is None:
+        return Manifesto(default_name, body)
     return Manifesto(
         name=front.name or default_name,
         body=body,
@@ -110,6 +96,11 @@ def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> M
 
 
 def _front_matter(text: str, where: str) -> FrontMatter:
+    import yaml
+    from pydantic import ValidationError
+
+    from superego.front_matter import FrontMatter
+
     try:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from superego.attach import Attachment, attach
+from superego.attachment import Attachment, attach
 from superego.chat import Chat
 from superego.errors import SuperegoError
 from superego.gguf_file import read_header

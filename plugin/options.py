@@ -5,6 +5,7 @@ Knows click and how results are shown. Holds no command.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any, TypeVar
 
 import click
 
+from superego import completion
 from superego.adapter import Adapter, read_adapter, same_weights, split_scale
 from superego.base import BaseModel
 from superego.errors import SuperegoError
 
 F = TypeVar("F", bound=Callable[..., Any])
+EFFORTS = ["quick", "standard", "thorough"]
 
 
 def base_option(command: F) -> F:
@@ -24,10 +27,29 @@ def base_option(command: F) -> F:
         "--base",
         required=True,
         metavar="BASE",
+        shell_complete=completion.bases,
         help="A GGUF file, 'smollm2' (extra demo) or 'ollama:NAME[:TAG]'.",
     )(command)
 
 
+def persona_argument(command: F) -> F:
+    """PERSONA, an adapter's file."""
+    return click.argument(
+        "persona", type=click.Path(path_type=Path), shell_complete=completion.adapters
+    )(command)
+
+
+output_option = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf"
+)
+effort_option = click.option(
+    "--effort",
+    type=click.Choice(EFFORTS),
+    help="That of the adapter by default.",
+)
+by_option = click.option(
+    "--by", metavar="NAME", help="Who did it, for the log; your login name by default."
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Processors to use; all by default."
 )
@@ -81,6 +103,12 @@ def warn_other_weights(adapter: Adapter, model: BaseModel) -> None:
             "weights; expect less. Compile it for this base.",
             err=True,
         )
+
+
+def use_it(base: str, persona: Path) -> None:
+    """The command that uses what was built, on stderr."""
+    quoted = shlex.quote(str(persona))
+    click.echo(f"Use it:\n  superego chat --base {base} --persona {quoted}", err=True)
 
 
 def say(pieces: Iterator[str]) -> None:

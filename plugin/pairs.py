@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, dequantize
+from gguf import GGMLQuantizationType, dequantize
 
-from superego.adapter import Adapter, write_adapter
-from superego.adapter_copy import write_copy
+from superego.adapter import Adapter, read_adapter, write_adapter
+from superego.atomic import replacing
+from superego.gguf_copy import Value, copy_gguf
 from superego.gguf_file import TensorInfo
 
 _SLOT_MATRICES = ("ffn_gate.weight", "ffn_up.weight", "attn_k.weight", "attn_v.weight")
@@ -95,10 +96,36 @@ def slot_scales(scales: Sequence[float], slotted: Sequence[bool]) -> list[float]
     ]
 
 
+def write_copy(
+    adapter: Adapter,
+    path: Path,
+    changed: Mapping[str, Value],
+    matrices: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write an adapter again with changed metadata, atomically; raises SuperegoError.
+
+    `matrices` (full tensor name -> F16 or F32) replace tensors; the others stay bit for bit.
+    `path` may be the adapter's own.
+    """
+    matrices = matrices or {}
+    kinds = {
+        name: GGMLQuantizationType.F16 if m.dtype == np.float16 else GGMLQuantizationType.F32
+        for name, m in matrices.items()
+    }
+
+    def write(file: BinaryIO, tensor: TensorInfo, kind: GGMLQuantizationType) -> None:
+        file.write(matrices[tensor.name].tobytes())
+
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    with replacing(path) as temporary:
+        copy_gguf(adapter.header, temporary, changed, kinds, write, shapes=shapes)
+    read_adapter(path)
+
+
 def copy_adapter(
     adapter: Adapter,
     output: Path,
-    metadata: Mapping[str, str | int | float],
+    metadata: Mapping[str, Value],
     strength: float = 1.0,
 ) -> None:
     """Write the same tensors with some metadata replaced, and scale 1 meaning `strength`.
@@ -106,7 +133,6 @@ def copy_adapter(
     The strength goes into the B matrices, which every runtime applies, those of a slot apart.
     `output` may be the adapter's own file. Raises SuperegoError for errors of the file system.
     """
-    changed = {key: _typed(value) for key, value in metadata.items()}
     matrices = {}
     if strength != 1.0:
         fixed = slot_ranks(adapter)
@@ -117,13 +143,4 @@ def copy_adapter(
             values = dequantize(rows, b.type).reshape(b.shape) * np.where(kept, 1.0, strength)
             half = b.type == GGMLQuantizationType.F16
             matrices[b.name] = values.astype(np.float16 if half else np.float32)
-    write_copy(adapter, output, changed, matrices)
-
-
-def _typed(value: str | int | float) -> tuple[Any, GGUFValueType, None]:
-    if isinstance(value, str):
-        return value, GGUFValueType.STRING, None
-    if isinstance(value, float):
-        return value, GGUFValueType.FLOAT32, None
-    kind = GGUFValueType.UINT32 if 0 <= value < 2**32 else GGUFValueType.INT64
-    return value, kind, None
+    write_copy(adapter, output, metadata, matrices)

@@ -8,16 +8,10 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _LINE_EVERY = 5.0  # seconds between plain lines of one step
 
@@ -26,10 +20,20 @@ class Steps:
     """Shows one step at a time. Use in a `with` block; `quiet` shows nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
+        from rich.console import Console
+
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._bar: Progress | None = None
         if self._console.is_terminal and not quiet:
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

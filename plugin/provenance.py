@@ -6,12 +6,11 @@ Knows both forms of a tagged document. Does not know files or models.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from superego.dates import parse_date
-from superego.errors import SuperegoError
 
 # From the most to the least likely to be right, as the epistemics persona ranks them; `other` is
 # what nobody has ranked.
@@ -119,36 +118,6 @@ def tagged(record: Mapping[str, Any]) -> str | None:
         return None
     found = _HEADER.match(text)
     return text[start:] if found is not None and found.end() == start else None
-
-
-def defused(document: Document, special: Collection[str]) -> tuple[Document, int]:
-    """The document without the model's control tokens, and how many there were.
-
-    A runtime reads `<|im_end|>` inside a text as the end of the user's turn: a space behind its
-    first character keeps it readable and makes it plain text.
-    """
-    found = [token for token in special if len(token) > 1]
-    if not found:
-        return document, 0
-    # the longest first: one token's text may begin another's
-    pattern = re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
-    changed = 0
-
-    def clean(text: str) -> str:
-        nonlocal changed
-        # what a space pulls apart may, with its neighbours, still hold a shorter token
-        for _ in range(len(text)):
-            text, n = pattern.subn(lambda m: f"{m[0][0]} {m[0][1:]}", text)
-            changed += n
-            if not n:
-                return text
-        raise SuperegoError(f"document of {document.source}: control tokens cannot be removed")
-
-    title = clean(document.title) if document.title else None
-    return (
-        replace(document, body=clean(document.body), source=clean(document.source), title=title),
-        changed,
-    )
 
 
 def best_last(documents: Sequence[Document]) -> list[Document]:

@@ -192,9 +192,10 @@ def with_slots(roster: Roster, folder: Path) -> Roster:
     A request at another scale than 1 needs them: a slot acts as a whole (pairs.py).
     """
     adapters, slots = list(roster.adapters), {}
+    read = {p.adapter.path: p.adapter for p in roster.personas.values() if p.adapter is not None}
     for place, path in enumerate(roster.adapters):
         alone = folder / f"slot-{place}.gguf"
-        if write_slot(read_adapter(path), alone):
+        if write_slot(read[path], alone):
             slots[place] = len(adapters)
             adapters.append(alone)
     return replace(roster, adapters=adapters, slots=slots)

@@ -87,24 +87,6 @@ def stop_tokens(llm: Llama) -> set[int]:
     return {t for t in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, t)}
 
 
-def control_tokens(llm: Llama, template: str) -> set[str]:
-    """The text of every token that ends a turn, begins one, or is otherwise no text.
-
-    Some models mark those of their chat template (its source) as user-defined, as they do runs
-    of spaces and HTML tags: of these only the ones that the template writes count.
-    """
-    import llama_cpp
-
-    vocab, found = llm._model.vocab, set()
-    for token in range(llm.n_vocab()):
-        kind = llama_cpp.llama_vocab_get_attr(vocab, token)
-        text = llama_cpp.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
-        own = kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED and len(text.strip()) > 2
-        if kind & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL or (own and text in template):
-            found.add(text)
-    return found
-
-
 def peak_memory() -> int:
     """Bytes this process has held at most."""
     import resource  # not on Windows

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import platformdirs
-
 from superego.errors import SuperegoError
 from superego.gguf_file import Header, read_header
 
@@ -85,6 +83,8 @@ def named_links(blobs: Sequence[Path], name: str) -> Path:
     Ollama stores each part under its hash. Returns the first part's link; raises SuperegoError
     where the files are no parts of one split or the cache cannot be written.
     """
+    import platformdirs
+
     headers = sorted((read_header(b) for b in blobs), key=lambda h: _count(h, "split.no", 0))
     join(headers)
     key = hashlib.sha256("".join(str(h.path) for h in headers).encode()).hexdigest()[:16]

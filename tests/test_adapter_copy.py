@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
+from superego import roster
 from superego.adapter import read_adapter
 from superego.adapter_copy import batch_invariant, is_batch_invariant, write_batch_invariant
 
@@ -66,3 +67,13 @@ def test_a_factor_that_would_overflow_float16_makes_float32(tmp_path: Path) -> N
     path = adapter_file(tmp_path / "a.gguf", 4e5, [4], GGMLQuantizationType.F16)
     write_batch_invariant(read_adapter(path), copy := tmp_path / "b.gguf")
     np.testing.assert_allclose(products(copy)[0], products(path)[0], rtol=1e-3, atol=1)
+
+
+def test_a_served_rosters_adapters_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = adapter_file(tmp_path / "a.gguf", 8.0, [4], GGMLQuantizationType.F16)
+    adapter = read_adapter(path)
+    served = roster.Roster({"a": roster.Persona("a", adapter, 1.0)}, [path], True, {})
+    monkeypatch.delattr(roster, "read_adapter")
+    assert roster.with_slots(served, tmp_path) == served

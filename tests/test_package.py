@@ -34,11 +34,27 @@ def test_the_wheel_holds_exactly_the_tree(tmp_path: Path) -> None:
     assert held == expected
 
 
-def test_the_run_time_side_imports_neither_torch_nor_llama_cpp() -> None:
+def test_the_command_line_starts_without_what_only_some_commands_need() -> None:
+    """So `--help` and completion are quick, and `doctor` runs where one of these is broken."""
+    heavy = {"torch", "llama_cpp", "transformers", "numpy", "gguf", "pydantic", "yaml", "jinja2"}
+    heavy |= {"rich", "httpx", "platformdirs", "psutil"}
+    code = f"import sys, superego, superego.cli\nprint({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_public_names_are_loaded_when_used() -> None:
+    """Also behind an import of a module of the package, which sets names of its own there."""
     code = (
-        "import sys, superego, superego.cli\n"
-        "heavy = {'torch', 'llama_cpp', 'transformers'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "import sys, superego\n"
+        "assert set(superego.__all__) <= set(dir(superego))\n"
+        "import superego.minds, superego.blend, superego.session\n"
+        "for name in superego.__all__:\n"
+        ""
+        "    assert type(getattr(superego, name)) is not type(sys), name\n"
+        "from superego import attach, Personas\n"
+        "assert attach is superego.attachment.attach and Personas is superego.minds.Personas\n"
+        "assert not hasattr(superego, 'nonsense')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

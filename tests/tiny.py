@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, TokenType
 
+from superego.tiny_model import byte_tokens
+
 D_MODEL, D_FF, N_HEAD, N_HEAD_KV, HEAD_DIM = 256, 512, 4, 2, 64
 
 _CHATML = (
@@ -357,10 +359,3 @@ def _tokenizer(writer: GGUFWriter, tiny: Tiny) -> int:
     writer.add_eos_token_id(tokens.index(tiny.special[1]))
     writer.add_add_bos_token(True)
     return len(tokens)
-
-
-def byte_tokens() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    extra = iter(range(256, 512))
-    return [chr(byte) if byte in plain else chr(next(extra)) for byte in range(256)]

@@ -15,7 +15,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from superego.gguf_file import Header, TensorInfo, metadata_spans
 
 _BLOCK = 8 << 20  # bytes copied at once
-Value = str | int | float | bool
+# Written as text, a bool, a float32, a u32 (i64 where it does not fit), an array of u32.
+Value = str | int | float | bool | list[int]
 # Writes a changed tensor's bytes, all of them, at the file's position.
 Write = Callable[[BinaryIO, TensorInfo, GGMLQuantizationType], None]
 
@@ -36,11 +37,14 @@ def copy_gguf(
     changed: Mapping[str, GGMLQuantizationType],
     write: Write,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Write `source` to `target`: `keys` replaced or added, `changed` tensors by `write`.
 
-    Everything else is copied in its order. Raises OSError where the disk is full.
+    `shapes` are those of changed tensors that get another one. Everything else is copied in its
+    order. Raises OSError where the disk is full.
     """
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()} | dict(shapes or {})
     spans = metadata_spans(source)
     alignment = source.metadata.get("general.alignment", 32)
     with source.path.open("rb") as old, target.open("wb") as new:
@@ -55,10 +59,11 @@ def copy_gguf(
         place = 0
         for tensor in source.tensors.values():
             kind = changed.get(tensor.name, tensor.type)
-            new.write(_text(tensor.name) + struct.pack("<I", len(tensor.shape)))
-            new.write(struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)))
+            shape = shapes[tensor.name]
+            new.write(_text(tensor.name) + struct.pack("<I", len(shape)))
+            new.write(struct.pack(f"<{len(shape)}Q", *reversed(shape)))
             new.write(struct.pack("<IQ", int(kind), place))
-            place += -(-size_of(tensor.shape, kind) // alignment) * alignment
+            place += -(-size_of(shape, kind) // alignment) * alignment
         for done, tensor in enumerate(source.tensors.values()):
             new.write(bytes(-new.tell() % alignment))
             before = new.tell()
@@ -67,7 +72,7 @@ def copy_gguf(
                 write(new, tensor, kind)
             else:
                 _copy(old, new, tensor.offset, tensor.n_bytes)
-            if new.tell() - before != size_of(tensor.shape, kind):
+            if new.tell() - before != size_of(shapes[tensor.name], kind):
                 raise AssertionError(f"{tensor.name}: wrote {new.tell() - before} bytes")
             progress(done + 1, len(source.tensors))
         new.write(bytes(-new.tell() % alignment))
@@ -93,6 +98,9 @@ def _value(value: Value) -> bytes:
         return struct.pack("<I?", 7, value)
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
+    if isinstance(value, list):
+        return struct.pack(f"<IIQ{len(value)}I", 9, 4, len(value), *value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        fits = 0 <= value < 2**32
+        return struct.pack("<II" if fits else "<Iq", 4 if fits else 11, value)
     return struct.pack("<If", 6, value)
