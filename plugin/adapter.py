@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from superego.architectures import check_adaptable
 from superego.atomic import replacing
@@ -70,25 +70,47 @@ def write_adapter(
     """
     check_adaptable(architecture, pairs)
     alpha = max(a.shape[0] for a, _ in pairs.values())
+    stored = {name: (a, b * (a.shape[0] / alpha)) for name, (a, b) in pairs.items()}
+    write_stored(path, architecture, float(alpha), stored, metadata)
+
+
+def write_stored(
+    path: Path,
+    architecture: str,
+    alpha: float,
+    stored: Pairs,
+    metadata: Mapping[str, str | int | float | list[int]],
+    kind: type[np.floating] = np.float16,
+) -> None:
+    """As `write_adapter`, with an alpha of one's own and matrices as they stand in the file.
+
+    Lists in `metadata` are written as arrays of u32. `kind` is float16 or float32.
+    """
+    check_adaptable(architecture, stored)
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(alpha))  # a u32 aborts llama.cpp
+        writer.add_float32("adapter.lora.alpha", alpha)  # a u32 aborts llama.cpp
         for key, value in metadata.items():
             if isinstance(value, str):
                 writer.add_string(key, value)
+            elif isinstance(value, list):
+                # llama.cpp takes unsigned 32-bit numbers here, and nothing else
+                writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.UINT32)
             elif isinstance(value, int):
                 writer.add_uint32(key, value)
             else:
                 writer.add_float32(key, value)
-        for name, (a, b) in pairs.items():
-            for suffix, matrix in (("a", a), ("b", b * (a.shape[0] / alpha))):
+        for name, pair in stored.items():
+            for suffix, matrix in zip("ab", pair, strict=True):
                 with np.errstate(over="ignore"):  # checked on the next line
-                    half = np.ascontiguousarray(matrix, dtype=np.float16)
-                if not np.isfinite(half).all():
-                    raise SuperegoError(f"{path}: {name}.lora_{suffix} overflows float16")
-                writer.add_tensor(f"{name}.lora_{suffix}", half)
+                    values = np.ascontiguousarray(matrix, dtype=kind)
+                if not np.isfinite(values).all():
+                    raise SuperegoError(
+                        f"{path}: {name}.lora_{suffix} overflows {np.dtype(kind).name}"
+                    )
+                writer.add_tensor(f"{name}.lora_{suffix}", values)
         write_out(writer)
 
 

@@ -24,6 +24,7 @@ from superego.cli_feedback import amend, diff, log, watch
 from superego.cli_library import add, remove
 from superego.cli_merge import is_merged, merge, show_merged
 from superego.cli_ollama import export_ollama, ollama
+from superego.cli_peft import export_peft, import_
 from superego.cli_report import report
 from superego.cli_serve import serve
 from superego.cli_sources import tag
@@ -461,7 +462,7 @@ def _typed() -> Iterator[str]:
 
 for _command in (add, amend, blend, calibrate, diff, log, merge, move, ollama, remove, report):
     main.add_command(_command)
-for _command in (serve, tag, watch):
+for _command in (import_, serve, tag, watch):
     main.add_command(_command)
-for _command in (export_llama_server, export_ollama):
+for _command in (export_llama_server, export_ollama, export_peft):
     export.add_command(_command)

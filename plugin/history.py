@@ -29,7 +29,7 @@ def manifesto_of(adapter: Adapter) -> Manifesto:
     if not isinstance(body, str) or not body.strip():
         raise SuperegoError(
             f"{adapter.path}: holds no manifesto (metadata key superego.manifesto); expected an "
-            "adapter that 'superego compile' wrote"
+            "adapter that 'superego compile' wrote, or 'superego import' with --manifesto"
         )
     manifesto = Manifesto(
         name=adapter.name,
