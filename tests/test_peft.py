@@ -6,10 +6,12 @@ import json
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llama_cpp_source
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,31 @@ def loaded(model: Any, folder: Path) -> Any:
         return peft.PeftModel.from_pretrained(model, str(folder))
 
 
+def trained(model: Any, folder: Path, **settings: Any) -> Any:
+    """peft's own LoRA of every linear module, random, on a model; saved into `folder`."""
+    kinds = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "expert" not in name
+    }
+    if model.config.tie_word_embeddings:
+        kinds -= {"lm_head"}
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=8,
+        lora_alpha=24,
+        target_modules=sorted(kinds),
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        **settings,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(model, config).eval()
+        made.save_pretrained(str(folder))
+    return made
+
+
 def tensors(path: Path) -> dict[str, np.ndarray]:
     return {t.name: t.data for t in GGUFReader(path).tensors}
 
@@ -87,27 +114,7 @@ def test_an_adapter_does_the_same_in_peft_and_in_llama_cpp(
     theirs = checkpoint(name, base)
     tokens = np.random.default_rng(5).integers(3, base.shape.n_vocab - 6, TOKENS).tolist()
     bare = in_transformers(theirs, tokens)
-    kinds = {
-        n.rpartition(".")[2]
-        for n, m in theirs.named_modules()
-        if isinstance(m, torch.nn.Linear) and "expert" not in n
-    }
-    if TINY[name].tied:
-        kinds -= {"lm_head"}
-    torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=8,
-        lora_alpha=24,
-        use_rslora=name in ("llama", "phi3", "gemma3"),
-        target_modules=[rf"{k}" for k in kinds],
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-        **PATTERNS,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = peft.get_peft_model(theirs, config).eval()
-        made.save_pretrained(str(tmp_path / "made"))
+    made = trained(theirs, tmp_path / "made", use_rslora=name in ("llama", "phi3"), **PATTERNS)
     wanted = in_transformers(made, tokens)
     assert distance(wanted, bare) > 0.1
     import_peft(tmp_path / "made", model, tmp_path / "in.gguf", "F32")
@@ -253,6 +260,51 @@ def last_logits(llm: Any, tokens: list[int]) -> np.ndarray:
     llm._ctx.kv_cache_clear()
     llm.eval(tokens)
     return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy()
+
+
+@pytest.mark.skipif(
+    not llama_cpp_source.archive().is_file(),
+    reason="needs llama-cpp-python's source archive; benchmarks/llama_cpp_convert.py fetches it",
+)
+def test_llama_cpps_own_converter_writes_the_same_bits(
+    source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One PEFT folder a architecture through both; theirs reads neither patterns nor rsLoRA."""
+    for name, found in converted(source, tmp_path).items():
+        assert found.theirs.keys() == found.ours.keys(), name
+        for key, matrix in found.theirs.items():
+            assert np.array_equal(matrix, found.ours[key]), (name, key)
+        assert found.alpha == (24.0, 24.0)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One PEFT folder's tensors in float32, by llama.cpp's converter and by ours."""
+
+    theirs: dict[str, np.ndarray]
+    ours: dict[str, np.ndarray]
+    alpha: tuple[float, float]
+
+
+def converted(source: Callable[[str], Path], folder: Path) -> dict[str, Converted]:
+    """Both conversions for every architecture; needs the archive."""
+    script = llama_cpp_source.unpack(folder / "llama.cpp")
+    jobs, models = {}, {}
+    for name in TINY:
+        models[name] = open_base(str(source(name)))
+        model = checkpoint(name, Base(models[name].header, torch.float32, resident=False))
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(str(folder / name / "base"))
+        trained(model, folder / name / "peft")
+        jobs[name] = (folder / name / "base", folder / name / "peft", folder / f"{name}.gguf")
+    llama_cpp_source.convert(script, list(jobs.values()))
+    found = {}
+    for name, (_, lora, theirs) in jobs.items():
+        ours = folder / f"{name}-ours.gguf"
+        import_peft(lora, models[name], ours, "F32")
+        alpha = read_adapter(theirs).alpha, read_adapter(ours).alpha
+        found[name] = Converted(tensors(theirs), tensors(ours), alpha)
+    return found
 
 
 # Bad input
