@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
@@ -46,16 +46,21 @@ class Adapter:
     @property
     def own(self) -> dict[str, Any]:
         """Superego's metadata, without its prefix."""
-        return {
-            key.removeprefix(PREFIX): value
-            for key, value in self.header.metadata.items()
-            if key.startswith(PREFIX)
-        }
+        return own_metadata(self.header)
 
     @property
     def name(self) -> str:
         """`general.name`, else the file's stem."""
         return self.header.text("general.name") or self.path.stem
+
+
+def own_metadata(header: Header) -> dict[str, Any]:
+    """Superego's keys and values of a file, without their prefix."""
+    return {
+        key.removeprefix(PREFIX): value
+        for key, value in header.metadata.items()
+        if key.startswith(PREFIX)
+    }
 
 
 def write_adapter(
@@ -127,6 +132,11 @@ def write_out(writer: GGUFWriter) -> None:
 def read_adapter(path: Path) -> Adapter:
     """Read an adapter and check everything that does not need a base; raises SuperegoError."""
     header = read_header(path)
+    if header.text("general.architecture") == "controlvector":
+        raise SuperegoError(
+            f"{path}: is a control vector, and this takes LoRA adapters; chat, evaluate, inspect "
+            "and superego.attach take control vectors"
+        )
     if header.text("general.type", "model") != "adapter":
         raise SuperegoError(
             f"{path}: general.type is '{header.text('general.type', 'model')}', expected "
@@ -215,7 +225,15 @@ def check_fit(adapter: Adapter, base: Header) -> None:
         )
 
 
-def same_weights(adapter: Adapter, base: BaseModel) -> bool | None:
-    """Whether the adapter was made from exactly this file; None where it does not say."""
+class Recorded(Protocol):
+    """What holds Superego's metadata: an adapter or a control vector."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Keys without their prefix."""
+
+
+def same_weights(adapter: Recorded, base: BaseModel) -> bool | None:
+    """Whether it was made from exactly this file; None where it does not say."""
     recorded = adapter.own.get("base.fingerprint")
     return None if recorded is None else recorded == base.fingerprint
