@@ -56,13 +56,14 @@ def export_peft(
             adapter = read_adapter(Path(folder) / "scaled.gguf")
         result = write(adapter, model, output, ranks == "one", base_name)
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
-    rank = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= result["rank"]), 512)
-    click.echo(
-        f"Use it:\n  PeftModel.from_pretrained(model, {str(output)!r})\n"
-        f"  vllm serve {base_name or 'MODEL'} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {output.absolute().name}={output}",
-        err=True,
-    )
+    use = f"  PeftModel.from_pretrained(model, {str(output)!r})"
+    if ranks == "one":  # vLLM's ranks; it reads no patterns
+        rank = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= result["rank"]), 512)
+        use += (
+            f"\n  vllm serve {base_name or 'MODEL'} --enable-lora --max-lora-rank {rank} "
+            f"--lora-modules {output.absolute().name}={output}"
+        )
+    click.echo(f"Use it:\n{use}", err=True)
 
 
 @click.command("peft")
