@@ -18,6 +18,7 @@ import torch
 from watchfiles import watch as changes
 
 import superego
+from superego.adapter import Adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.chat import Chat
@@ -107,7 +108,7 @@ class Workshop:
         swapped = time.perf_counter()
         before, self._said = self._said, [self._reply(q) for q in self.questions]
         self.last = manifesto
-        if adapter is not None:
+        if isinstance(adapter, Adapter):
             self._known = known_replies(adapter, self.model.header)
         now = time.perf_counter()
         stages = report["seconds"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from superego.architectures import check_adaptable
 from superego.atomic import replacing
@@ -47,16 +47,21 @@ class Adapter:
     @property
     def own(self) -> dict[str, Any]:
         """Superego's metadata, without its prefix."""
-        return {
-            key.removeprefix(PREFIX): value
-            for key, value in self.header.metadata.items()
-            if key.startswith(PREFIX)
-        }
+        return own_metadata(self.header)
 
     @property
     def name(self) -> str:
         """`general.name`, else the file's stem."""
         return self.header.text("general.name") or self.path.stem
+
+
+def own_metadata(header: Header) -> dict[str, Any]:
+    """Superego's keys and values of a file, without their prefix."""
+    return {
+        key.removeprefix(PREFIX): value
+        for key, value in header.metadata.items()
+        if key.startswith(PREFIX)
+    }
 
 
 def write_adapter(
@@ -69,30 +74,53 @@ def write_adapter(
     `metadata` holds full keys: text, whole numbers (written as u32) and floats (f32). Tensors
     whose LoRA llama.cpp would load and not apply are refused.
     """
-    import numpy as np
-    from gguf import GGUFWriter
-
     check_adaptable(architecture, pairs)
     alpha = max(a.shape[0] for a, _ in pairs.values())
+    stored = {name: (a, b * (a.shape[0] / alpha)) for name, (a, b) in pairs.items()}
+    write_stored(path, architecture, float(alpha), stored, metadata)
+
+
+def write_stored(
+    path: Path,
+    architecture: str,
+    alpha: float,
+    stored: Pairs,
+    metadata: Mapping[str, str | int | float | list[int]],
+    kind: type[np.floating] | None = None,
+) -> None:
+    """As `write_adapter`, with an alpha of one's own and matrices as they stand in the file.
+
+    Lists in `metadata` are written as arrays of u32. `kind` is float16, the default, or float32.
+    """
+    import numpy as np
+    from gguf import GGUFValueType, GGUFWriter
+
+    kind = kind or np.float16
+    check_adaptable(architecture, stored)
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(alpha))  # a u32 aborts llama.cpp
+        writer.add_float32("adapter.lora.alpha", alpha)  # a u32 aborts llama.cpp
         for key, value in metadata.items():
             if isinstance(value, str):
                 writer.add_string(key, value)
+            elif isinstance(value, list):
+                # llama.cpp takes unsigned 32-bit numbers here, and nothing else
+                writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.UINT32)
             elif isinstance(value, int):
                 writer.add_uint32(key, value)
             else:
                 writer.add_float32(key, value)
-        for name, (a, b) in pairs.items():
-            for suffix, matrix in (("a", a), ("b", b * (a.shape[0] / alpha))):
+        for name, pair in stored.items():
+            for suffix, matrix in zip("ab", pair, strict=True):
                 with np.errstate(over="ignore"):  # checked on the next line
-                    half = np.ascontiguousarray(matrix, dtype=np.float16)
-                if not np.isfinite(half).all():
-                    raise SuperegoError(f"{path}: {name}.lora_{suffix} overflows float16")
-                writer.add_tensor(f"{name}.lora_{suffix}", half)
+                    values = np.ascontiguousarray(matrix, dtype=kind)
+                if not np.isfinite(values).all():
+                    raise SuperegoError(
+                        f"{path}: {name}.lora_{suffix} overflows {np.dtype(kind).name}"
+                    )
+                writer.add_tensor(f"{name}.lora_{suffix}", values)
         write_out(writer)
 
 
@@ -109,6 +137,11 @@ def write_out(writer: GGUFWriter) -> None:
 def read_adapter(path: Path) -> Adapter:
     """Read an adapter and check everything that does not need a base; raises SuperegoError."""
     header = read_header(path)
+    if header.text("general.architecture") == "controlvector":
+        raise SuperegoError(
+            f"{path}: is a control vector, and this takes LoRA adapters; chat, evaluate, inspect "
+            "and superego.attach take control vectors"
+        )
     if header.text("general.type", "model") != "adapter":
         raise SuperegoError(
             f"{path}: general.type is '{header.text('general.type', 'model')}', expected "
@@ -197,7 +230,15 @@ def check_fit(adapter: Adapter, base: Header) -> None:
         )
 
 
-def same_weights(adapter: Adapter, base: BaseModel) -> bool | None:
-    """Whether the adapter was made from exactly this file; None where it does not say."""
+class Recorded(Protocol):
+    """What holds Superego's metadata: an adapter or a control vector."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Keys without their prefix."""
+
+
+def same_weights(adapter: Recorded, base: BaseModel) -> bool | None:
+    """Whether it was made from exactly this file; None where it does not say."""
     recorded = adapter.own.get("base.fingerprint")
     return None if recorded is None else recorded == base.fingerprint

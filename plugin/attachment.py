@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from superego.adapter import Adapter, check_fit, read_adapter
 from superego.base import BaseModel, open_base
 from superego.errors import SuperegoError
 from superego.gguf_file import Header
-from superego.loaded import Loaded, hand_over
+from superego.loaded import hand_over, load_persona
+from superego.persona import Persona, check_persona, read_persona
 from superego.session import Session, open_session
 from superego.split import read_model
 
@@ -31,10 +31,10 @@ class Attachment:
     as any adapter of the model changes: its keys and values were made without the change.
     """
 
-    def __init__(self, model: _Model, adapter: Adapter | None, scale: float) -> None:
+    def __init__(self, model: _Model, adapter: Persona | None, scale: float) -> None:
         self._model = model
         self.adapter = adapter
-        self._loaded = Loaded(model.llm()._model.model, adapter) if adapter else None
+        self._loaded = load_persona(model.llm()._model.model, adapter) if adapter else None
         self.session: Session | None = None
         self.scale = scale
 
@@ -96,7 +96,7 @@ class _Model:
             raise SuperegoError("the model that this adapter was attached to is gone")
         return llm
 
-    def add(self, adapter: Adapter, scale: float) -> Attachment:
+    def add(self, adapter: Persona, scale: float) -> Attachment:
         attachment = Attachment(self, adapter, scale)
         self.attachments.append(attachment)
         self.apply()
@@ -140,12 +140,12 @@ _models: weakref.WeakKeyDictionary[Llama, _Model] = weakref.WeakKeyDictionary()
 def attach(llm: Llama, persona: str | Path, scale: float = 1.0) -> Attachment:
     """Put a persona on a live model, beside the adapters already there.
 
-    `persona` is an adapter (GGUF), a session file (`.session`) or a folder with one adapter,
-    one session or both. Adapters are checked against the model's own GGUF first, and every
-    mismatch is raised as SuperegoError: llama.cpp ends the process on some of them. Clears
-    the model's cached keys and values, and with them an earlier session. A session that does
-    not fit is rebuilt from its manifesto, with a warning that says why. Use the result in a
-    `with` block, or call its `detach`.
+    `persona` is an adapter or a control vector (GGUF), a session file (`.session`) or a folder
+    with one of the former, one session or both. Files are checked against the model's own GGUF
+    first, and every mismatch is raised as SuperegoError: llama.cpp ends the process on some of
+    them. Clears the model's cached keys and values, and with them an earlier session. A session
+    that does not fit is rebuilt from its manifesto, with a warning that says why. Use the result
+    in a `with` block, or call its `detach`.
     """
     if getattr(llm, "cache", None) is not None:
         raise SuperegoError(
@@ -163,8 +163,8 @@ def attach(llm: Llama, persona: str | Path, scale: float = 1.0) -> Attachment:
     path, session = _parts(Path(persona))
     attachment = None
     if path is not None:
-        checked = read_adapter(path)
-        check_fit(checked, model.header)
+        checked = read_persona(path)
+        check_persona(checked, model.header)
         attachment = model.add(checked, _finite(scale))
     if session is not None:
         try:

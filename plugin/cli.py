@@ -17,7 +17,7 @@ import click
 
 import superego
 from superego import completion
-from superego.adapter import check_fit, mismatches, read_adapter, same_weights
+from superego.adapter import Adapter, same_weights
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
 from superego.cli_completion import completion as completion_command
@@ -27,10 +27,12 @@ from superego.cli_feedback import amend, diff, log, watch
 from superego.cli_library import add, remove
 from superego.cli_merge import is_merged, merge, show_merged
 from superego.cli_ollama import export_ollama, ollama
+from superego.cli_peft import export_peft, import_
 from superego.cli_report import report
 from superego.cli_serve import serve
 from superego.cli_sources import tag
 from superego.cli_strength import blend, calibrate, move
+from superego.cli_vector import vector
 from superego.errors import SuperegoError
 from superego.history import manifesto_of
 from superego.options import (
@@ -41,12 +43,12 @@ from superego.options import (
     json_option,
     lines_of,
     output_option,
-    parse_persona,
     say,
     table,
     threads_option,
     warn_other_weights,
 )
+from superego.persona import check_persona, persona_mismatches, read_persona, read_scaled
 from superego.progress import Steps
 
 
@@ -179,9 +181,9 @@ def session(
     check_writable(output)
     if cells is not None and adapters:
         raise SuperegoError("--compact reads the bare base; it cannot be combined with --with")
-    wanted = [parse_persona(each) for each in adapters]
+    wanted = [read_scaled(each) for each in adapters]
     for adapter, _ in wanted:
-        check_fit(adapter, model.header)
+        check_persona(adapter, model.header)
         warn_other_weights(adapter, model)
     with Steps() as steps, ExitStack() as stack:
         llm = load(model, n_ctx, threads, gpu_layers, kv_type=kv_type)
@@ -218,7 +220,7 @@ def session(
     multiple=True,
     metavar="FILE[:SCALE]",
     shell_complete=completion.adapters,
-    help="An adapter, with a scale if not 1; may be given several times.",
+    help="An adapter or control vector, with a scale if not 1; may be given several times.",
 )
 @click.option(
     "--system",
@@ -277,9 +279,9 @@ def chat(
     from superego.template import ChatTemplate
 
     model = open_base(base)
-    wanted = [parse_persona(text) for text in personas]
+    wanted = [read_scaled(text) for text in personas]
     for adapter, _ in wanted:
-        check_fit(adapter, model.header)
+        check_persona(adapter, model.header)
         warn_other_weights(adapter, model)
     template = ChatTemplate(model.header)
     read = list(open_documents(documents))
@@ -351,7 +353,7 @@ def evaluate(
 ) -> None:
     """Measure ADAPTER[:SCALE] beside its manifesto as system message, in llama.cpp.
 
-    A merged model can be given in the adapter's place.
+    A control vector or a merged model can be given in the adapter's place.
     """
     from superego.evaluate import evaluate as measure
 
@@ -363,9 +365,9 @@ def evaluate(
         )
         return
     model = open_base(base)
-    checked = [parse_persona(text) for text in (adapter, against) if text]
+    checked = [read_scaled(text) for text in (adapter, against) if text]
     for each, _ in checked:
-        check_fit(each, model.header)
+        check_persona(each, model.header)
         warn_other_weights(each, model)
     manifesto = manifesto_of(checked[0][0]).body
     messages = lines_of(prompts) if prompts else None
@@ -414,25 +416,26 @@ def export() -> None:
 )
 @json_option
 def inspect(file: Path, base: str | None, as_json: bool) -> None:
-    """Show what is in an adapter, and whether it fits a base."""
-    adapter = read_adapter(file)
+    """Show what is in an adapter or control vector, and whether it fits a base."""
+    adapter = read_persona(file)
     info: dict[str, Any] = {
         "file": str(file),
         "bytes": adapter.header.size,
         "name": adapter.name,
         "architecture": adapter.header.text("general.architecture"),
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "matrices": len(adapter.pairs),
-        "metadata": {
-            key: value
-            for key, value in adapter.header.metadata.items()
-            if key.startswith(("general.", "adapter.", "superego."))
-        },
+    }
+    if isinstance(adapter, Adapter):
+        info |= {"rank": adapter.rank, "alpha": adapter.alpha, "matrices": len(adapter.pairs)}
+    else:
+        info |= {"width": adapter.width, "layers": len(adapter.directions)}
+    info["metadata"] = {
+        key: value
+        for key, value in adapter.header.metadata.items()
+        if key.startswith(("general.", "adapter.", "controlvector.", "superego."))
     }
     if base:
         model = open_base(base)
-        info["mismatches"] = mismatches(adapter, model.header)
+        info["mismatches"] = persona_mismatches(adapter, model.header)
         info["fits"] = not info["mismatches"]
         info["made from this file"] = same_weights(adapter, model)
     if as_json:
@@ -489,9 +492,9 @@ def _typed() -> Iterator[str]:
 
 for _command in (add, amend, blend, calibrate, diff, log, merge, move, ollama, remove, report):
     main.add_command(_command)
-for _command in (completion_command, doctor, serve, tag, watch):
+for _command in (completion_command, doctor, import_, serve, tag, vector, watch):
     main.add_command(_command)
-for _command in (export_llama_server, export_ollama):
+for _command in (export_llama_server, export_ollama, export_peft):
     export.add_command(_command)
 if completion.VARIABLE in os.environ:  # a shell asks
     completion.register()

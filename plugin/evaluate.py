@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from superego.adapter import Adapter
 from superego.base import BaseModel
 from superego.dialogue import Encoded, encode
 from superego.errors import SuperegoError
 from superego.logits import ParallelContext
+from superego.persona import Persona
 from superego.runtime import load, stop_tokens, tokenize
 from superego.template import ChatTemplate
 
@@ -109,12 +109,12 @@ def recovered(kl_base: np.ndarray, kl_adapter: np.ndarray, seed: int = 0) -> Int
 def evaluate(
     base: BaseModel,
     manifesto: str,
-    adapters: Sequence[tuple[Adapter, float]],
+    adapters: Sequence[tuple[Persona, float]],
     prompts: Sequence[str] | None = None,
     max_tokens: int = 48,
     threads: int | None = None,
     progress: Progress = lambda done, total: None,
-    foreign: tuple[Adapter, float] | None = None,
+    foreign: tuple[Persona, float] | None = None,
     trace: Trace | None = None,
 ) -> list[Report]:
     """Measure adapters beside the manifesto as system message; raises SuperegoError.
@@ -174,7 +174,7 @@ def evaluate(
     return reports
 
 
-def _one_hot(index: int, adapters: Sequence[tuple[Adapter, float]]) -> list[float]:
+def _one_hot(index: int, adapters: Sequence[tuple[Persona, float]]) -> list[float]:
     return [scale if i == index else 0.0 for i, (_, scale) in enumerate(adapters)]
 
 
@@ -182,7 +182,7 @@ def _compare(
     llm: Llama,
     teacher: Encoded,
     student: Encoded,
-    adapters: Sequence[tuple[Adapter, float]],
+    adapters: Sequence[tuple[Persona, float]],
     n_own: int,
     max_tokens: int,
     widest: int,
@@ -257,7 +257,7 @@ class Drift:
     """
 
     def __init__(
-        self, llm: Llama, base: BaseModel, adapters: Sequence[tuple[Adapter, float]]
+        self, llm: Llama, base: BaseModel, adapters: Sequence[tuple[Persona, float]]
     ) -> None:
         self._llm = llm
         self._texts = [tokenize(llm, text) for text in bundled("neutral")]

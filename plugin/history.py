@@ -11,12 +11,12 @@ import json
 import os
 from typing import Any
 
-from superego.adapter import Adapter
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
+from superego.persona import Persona
 
 
-def manifesto_of(adapter: Adapter) -> Manifesto:
+def manifesto_of(adapter: Persona) -> Manifesto:
     """The manifesto that the adapter was compiled from; raises SuperegoError without one."""
     own, text = adapter.own, adapter.header.text
     if "blend" in own:
@@ -29,7 +29,7 @@ def manifesto_of(adapter: Adapter) -> Manifesto:
     if not isinstance(body, str) or not body.strip():
         raise SuperegoError(
             f"{adapter.path}: holds no manifesto (metadata key superego.manifesto); expected an "
-            "adapter that 'superego compile' wrote"
+            "adapter that 'superego compile' wrote, or 'superego import' with --manifesto"
         )
     manifesto = Manifesto(
         name=adapter.name,
@@ -46,17 +46,17 @@ def manifesto_of(adapter: Adapter) -> Manifesto:
     return manifesto
 
 
-def blend_parts(adapter: Adapter) -> list[dict[str, Any]]:
+def blend_parts(adapter: Persona) -> list[dict[str, Any]]:
     """What a blend is made of: name, scale, file hash and manifesto hash of each part."""
     return _entries(adapter, "blend", ("name", "scale"))
 
 
-def history_of(adapter: Adapter) -> list[dict[str, Any]]:
+def history_of(adapter: Persona) -> list[dict[str, Any]]:
     """What was done after the first compile, oldest first; empty where nothing was."""
     return _entries(adapter, "history", ("action", "date"))
 
 
-def _entries(adapter: Adapter, key: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+def _entries(adapter: Persona, key: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
         found = json.loads(adapter.own.get(key, "[]"))
     except (ValueError, TypeError):
@@ -68,7 +68,7 @@ def _entries(adapter: Adapter, key: str, needed: tuple[str, ...]) -> list[dict[s
     return found
 
 
-def with_entry(adapter: Adapter | None, action: str, by: str | None, **details: Any) -> str:
+def with_entry(adapter: Persona | None, action: str, by: str | None, **details: Any) -> str:
     """The text for `superego.history` with one more entry, dated now (UTC).
 
     `adapter` None begins a history. `by` None is the user's login name, "" nobody.

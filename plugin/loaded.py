@@ -1,7 +1,7 @@
-"""Adapters in llama.cpp's memory, and what is handed to a context for the scales they act at.
+"""Adapters and control vectors in llama.cpp's memory, and what is handed to a context for scales.
 
-Knows llama.cpp's adapter handles, and that a slot acts as a whole. Does not know whose
-context it is.
+Knows llama.cpp's adapter handles, that a slot acts as a whole, and that a context has one control
+vector. Does not know whose context it is.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ import ctypes
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from superego.adapter import Adapter
+from superego.control_vector import ControlVector
 from superego.errors import SuperegoError
 from superego.pairs import has_slot, slot_scales, write_slot
+from superego.persona import Persona
+
+_steered: set[int] = set()  # addresses of contexts that have been given a control vector
 
 
 class Loaded:
@@ -47,10 +53,37 @@ class Loaded:
         self.whole = self._slot = None
 
 
-def hand_over(context: Any, loaded: Sequence[Loaded], scales: Sequence[float]) -> None:
-    """Let adapters act in a context at these scales, and no others; the cache is not touched."""
+class LoadedVector:
+    """One checked control vector as llama.cpp takes it: every layer's, from layer 1 on."""
+
+    def __init__(self, model: Any, vector: ControlVector) -> None:
+        """`model` is llama.cpp's."""
+        import llama_cpp
+
+        self.values = np.zeros((llama_cpp.llama_model_n_layer(model) - 1, vector.width), np.float32)
+        for layer, direction in vector.directions.items():
+            self.values[layer - 1] = direction
+
+    def free(self) -> None:
+        """Nothing of it is in llama.cpp's memory but what a context copied."""
+
+
+Acting: TypeAlias = Loaded | LoadedVector
+
+
+def load_persona(model: Any, persona: Persona) -> Acting:
+    """Bring what has been checked into llama.cpp's memory, for one model; raises SuperegoError."""
+    return Loaded(model, persona) if isinstance(persona, Adapter) else LoadedVector(model, persona)
+
+
+def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -> None:
+    """Let these act in a context at these scales, and no others; the cache is not touched."""
     import llama_cpp
 
+    each_scaled = list(zip(acting, scales, strict=True))
+    _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
+    loaded = [each for each in acting if isinstance(each, Loaded)]
+    scales = [scale for each, scale in each_scaled if isinstance(each, Loaded)]
     added = slot_scales(scales, [each.slotted for each in loaded])
     active = [(each.whole, s) for each, s in zip(loaded, scales, strict=True) if s]
     active += [(each.slot(), s) for each, s in zip(loaded, added, strict=True) if abs(s) > 1e-6]
@@ -59,6 +92,26 @@ def hand_over(context: Any, loaded: Sequence[Loaded], scales: Sequence[float]) -
     values = (ctypes.c_float * n)(*(scale for _, scale in active))
     if llama_cpp.llama_set_adapters_lora(context, handles, len(active), values):
         raise SuperegoError("llama.cpp refused the adapters")
+
+
+def _steer(context: Any, vectors: Sequence[tuple[np.ndarray, float]]) -> None:
+    """Give the context the sum of control vectors, or take off what it has."""
+    import llama_cpp
+
+    address = ctypes.cast(context, ctypes.c_void_p).value or 0
+    if not vectors:
+        # most contexts never have one, and any call makes llama.cpp plan its graphs anew
+        if address in _steered:
+            llama_cpp.llama_set_adapter_cvec(context, None, 0, 0, -1, -1)
+            _steered.discard(address)
+        return
+    # whole, always: layers that it lacks would keep those of the vector before
+    total = np.ascontiguousarray(sum(values * np.float32(scale) for values, scale in vectors))
+    data = total.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    n_layer, width = total.shape
+    if llama_cpp.llama_set_adapter_cvec(context, data, total.size, width, 1, n_layer):
+        raise SuperegoError("llama.cpp refused the control vector")
+    _steered.add(address)
 
 
 def _init(model: Any, path: Path) -> Any:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from superego.adapter import Adapter
 from superego.errors import SuperegoError
-from superego.loaded import Loaded, hand_over
+from superego.loaded import hand_over, load_persona
+from superego.persona import Persona
 from superego.session import put_cells
 from superego.state_file import State
 
@@ -36,7 +36,7 @@ class ParallelContext:
         prefix: Sequence[int],
         n_parallel: int,
         n_tokens: int,
-        adapters: Sequence[tuple[Adapter, float]] = (),
+        adapters: Sequence[tuple[Persona, float]] = (),
         state: State | None = None,
         callback: Any = None,
     ) -> None:
@@ -63,7 +63,7 @@ class ParallelContext:
             raise SuperegoError(f"llama.cpp could not make a context of {params.n_ctx} tokens")
         self._batch = c.llama_batch_init(_BATCH, 0, 1)
         self._memory = c.llama_get_memory(self._context)
-        self._loaded = [Loaded(llm._model.model, adapter) for adapter, _ in adapters]
+        self._loaded = [load_persona(llm._model.model, adapter) for adapter, _ in adapters]
         self.set_scales([scale for _, scale in adapters])
 
     def apply_scales(self, scales: Sequence[float]) -> None:

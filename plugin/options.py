@@ -17,6 +17,7 @@ from superego import completion
 from superego.adapter import Adapter, read_adapter, same_weights, split_scale
 from superego.base import BaseModel
 from superego.errors import SuperegoError
+from superego.persona import Persona
 
 F = TypeVar("F", bound=Callable[..., Any])
 EFFORTS = ["quick", "standard", "thorough"]
@@ -96,7 +97,7 @@ def lines_of(path: Path) -> list[str]:
     return found
 
 
-def warn_other_weights(adapter: Adapter, model: BaseModel) -> None:
+def warn_other_weights(adapter: Persona, model: BaseModel) -> None:
     if same_weights(adapter, model) is False:
         click.echo(
             f"Note: {adapter.path} fits {model.path} but was made from a file with other "

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from superego.adapter import Adapter
 from superego.evaluate import kl, log_softmax
 from superego.exchanges import Exchange
 from superego.logits import ParallelContext
+from superego.persona import Persona
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -34,7 +34,7 @@ class Variant:
 def replies(
     llm: Llama,
     variant: Variant,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Persona],
     prompts: Sequence[list[int]],
     max_tokens: int,
     stop: set[int],
@@ -52,7 +52,7 @@ def divergences(
     llm: Llama,
     target: Variant,
     others: Sequence[Variant],
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Persona],
     exchanges: Sequence[Exchange],
     progress: Progress = lambda done, total: None,
 ) -> np.ndarray:
@@ -95,7 +95,7 @@ def divergences(
 
 
 def _context(
-    llm: Llama, variant: Variant, adapters: Sequence[Adapter], room: int
+    llm: Llama, variant: Variant, adapters: Sequence[Persona], room: int
 ) -> ParallelContext:
     scales = variant.scales or (0.0,) * len(adapters)
     return ParallelContext(

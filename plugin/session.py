@@ -20,12 +20,12 @@ import numpy as np
 import pydantic
 
 import superego
-from superego.adapter import Adapter
 from superego.atomic import check_writable, replacing
 from superego.base import BaseModel
 from superego.dialogue import encode
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
+from superego.persona import Persona
 from superego.state_file import KV_TYPES, MAGIC, VERSION, State, layout, parse
 from superego.template import ChatTemplate
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _SIDECAR_LIMIT = 8 << 20  # bytes; a manifesto is far smaller
 _MAX_CELLS = 1 << 20
-Adapters = Sequence[tuple[Adapter, float]]  # attached ones, with their scales
+Adapters = Sequence[tuple[Persona, float]]  # attached ones, with their scales
 
 
 class Unfit(SuperegoError):

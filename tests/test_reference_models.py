@@ -148,12 +148,8 @@ def weights(base: Base, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_the_walk_gives_the_logits_of_transformers(
-    source: Callable[[str], Path], name: str
-) -> None:
-    model = open_base(str(source(name)))
-    base = Base(model.header, torch.float32, resident=False)
+def checkpoint(name: str, base: Base) -> Any:
+    """transformers' model of the same weights, in float32."""
     family, own = CONFIGURATIONS[name]
     family = {"Gemma3": "Gemma3Text"}.get(family, family)
     if name == "phi3":  # magnitude as the file has it
@@ -190,6 +186,17 @@ def test_the_walk_gives_the_logits_of_transformers(
         assert not missing
         if name == "llama":
             theirs.model.rotary_emb.inv_freq /= torch.from_numpy(base._array("rope_freqs.weight"))
+    return theirs
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_walk_gives_the_logits_of_transformers(
+    source: Callable[[str], Path], name: str
+) -> None:
+    model = open_base(str(source(name)))
+    base = Base(model.header, torch.float32, resident=False)
+    theirs = checkpoint(name, base)
+    with torch.no_grad():
         tokens = np.random.default_rng(3).integers(3, base.shape.n_vocab - 6, 60).tolist()
         wanted = theirs(torch.tensor([tokens])).logits[0].numpy()[5:]
         pack = Pack([Conversation(tokens[5:6], [*tokens[6:], 0])], tokens[:5])
