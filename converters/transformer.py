@@ -103,6 +103,12 @@ class Base:
             or "blk.0.ffn_gate.weight" not in self._tensors
         )
 
+    @property
+    def separate(self) -> bool:
+        """Whether every matrix of a layer stands by itself: no experts, nothing fused."""
+        names = ("blk.0.attn_q.weight", "blk.0.ffn_gate.weight")
+        return not self.shape.n_expert and all(name in self._tensors for name in names)
+
     def _array(self, name: str) -> np.ndarray:
         tensor = self._tensors.get(name)
         if tensor is None:

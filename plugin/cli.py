@@ -32,6 +32,7 @@ from superego.cli_report import report
 from superego.cli_serve import serve
 from superego.cli_sources import tag
 from superego.cli_strength import blend, calibrate, move
+from superego.cli_train import distill, refine
 from superego.cli_vector import vector
 from superego.errors import SuperegoError
 from superego.history import manifesto_of
@@ -492,7 +493,7 @@ def _typed() -> Iterator[str]:
 
 for _command in (add, amend, blend, calibrate, diff, log, merge, move, ollama, remove, report):
     main.add_command(_command)
-for _command in (completion_command, doctor, import_, serve, tag, vector, watch):
+for _command in (completion_command, distill, doctor, import_, refine, serve, tag, vector, watch):
     main.add_command(_command)
 for _command in (export_llama_server, export_ollama, export_peft):
     export.add_command(_command)

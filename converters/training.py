@@ -1,0 +1,332 @@
+"""Training a student towards a teacher within a time budget, keeping the best it has been.
+
+Knows batches, the schedule, unseen conversations and checkpoints. Does not know manifestos
+or files of adapters. The loss is the measure itself: KL(teacher‖student) over the full
+vocabulary, at the teacher's own reply tokens, mean a reply, then over replies.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from superego.atomic import replacing
+from superego.converters.closed_form import Prefixes
+from superego.converters.gradients import Divergence
+from superego.converters.streams import Changes, Conversation, Pack, mean_kl, predictions
+from superego.converters.student import Pair, Student
+from superego.converters.transformer import Base, Rows
+
+_CHUNK_ROWS = 384  # attended to at once: conversations of like length, little padding
+_WARM_UP = 8  # steps
+_ANCHOR_ROWS = 512
+_ANCHOR_WEIGHT = 0.5  # of each of the two no-harm terms, at every fourth step
+_OWN_WEIGHT = 0.5  # of the user's examples, at every step
+_CHECKS = 10  # on unseen conversations, a run
+_BETAS = (0.9, 0.99)  # of Adam
+
+Told = Callable[[float, float, float, float], None]  # seconds, budget, loss, KL recovered
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a student is trained."""
+
+    seconds: float  # of training, checks included
+    rate: float  # Adam's step
+    rows: int = 2048  # a step
+    average: float = 0.9  # of the weights' moving average, which is what is kept
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """What a training came to. KL in nats a token on unseen conversations."""
+
+    changes: Changes
+    kl_base: float
+    kl_start: float
+    kl_best: float
+    steps: int
+    seconds: float
+    curve: list[tuple[float, float]] = field(default_factory=list)  # seconds, KL recovered
+    interrupted: bool = False
+    resumed: bool = False
+
+    @property
+    def recovered(self) -> float:
+        """KL recovered on unseen conversations by what is kept."""
+        return 1 - self.kl_best / self.kl_base if self.kl_base > 0 else 0.0
+
+    @property
+    def gained(self) -> bool:
+        """Whether it is better than its start."""
+        return self.kl_best < self.kl_start
+
+
+class Lessons:
+    """Conversations with what the teacher says of them, given out in shuffled packs."""
+
+    def __init__(
+        self,
+        base: Base,
+        conversations: Sequence[Conversation],
+        prefixes: Prefixes,
+        plain: Sequence[Conversation],
+        plain_prefix: list[int],
+        own: Sequence[Conversation],
+        seed: int,
+    ) -> None:
+        """`plain` is text without a template behind `plain_prefix`, to stay as it is.
+
+        `own` are the user's examples, whose replies are to be said as they are written.
+        """
+        self._base = base
+        self._prefixes = prefixes
+        self._conversations = list(conversations)
+        self._plain = list(plain)
+        self._plain_prefix = plain_prefix
+        self._own = list(own)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._wanted = _streams(base, self._conversations, prefixes.teacher)
+        self._unchanged = _streams(base, self._plain, plain_prefix) if plain else {}
+
+    def packs(self, rows: int) -> Iterator[tuple[Pack, torch.Tensor]]:
+        """Packs of about `rows` rows behind the student's prefix, without end, and targets."""
+        yield from self._endless(self._conversations, self._prefixes.student, self._wanted, rows)
+
+    def returns(self) -> Iterator[tuple[Pack, torch.Tensor]]:
+        """Conversations with the manifesto in front: nothing is to be added to it."""
+        yield from self._endless(
+            self._conversations, self._prefixes.teacher, self._wanted, _ANCHOR_ROWS
+        )
+
+    def neutral(self) -> Iterator[tuple[Pack, torch.Tensor]]:
+        """Plain text, which is to stay as it is."""
+        yield from self._endless(self._plain, self._plain_prefix, self._unchanged, _ANCHOR_ROWS)
+
+    def examples(self) -> Iterator[tuple[Pack, torch.Tensor]]:
+        """The user's examples and their own tokens, (n,); nothing where there are none."""
+        if self._own:
+            said = {id(c): torch.tensor(c.reply) for c in self._own}
+            yield from self._endless(self._own, self._prefixes.student, said, _ANCHOR_ROWS)
+
+    def _endless(
+        self,
+        conversations: Sequence[Conversation],
+        prefix: list[int],
+        wanted: dict[int, torch.Tensor],
+        rows: int,
+    ) -> Iterator[tuple[Pack, torch.Tensor]]:
+        while True:
+            chosen: list[Conversation] = []
+            n = 0
+            for i in torch.randperm(len(conversations), generator=self._generator).tolist():
+                length = len(conversations[i].prompt) + len(conversations[i].reply) - 1
+                if chosen and n + length > rows:
+                    yield _pack(chosen, prefix, wanted)
+                    chosen, n = [], 0
+                chosen.append(conversations[i])
+                n += length
+            yield _pack(chosen, prefix, wanted)
+
+
+def _pack(
+    chosen: list[Conversation], prefix: list[int], wanted: dict[int, torch.Tensor]
+) -> tuple[Pack, torch.Tensor]:
+    pack = Pack(chosen, prefix)
+    pack.rows = Rows(pack.rows.lengths, len(prefix), _CHUNK_ROWS)
+    return pack, torch.cat([wanted[id(c)] for c in pack.conversations])
+
+
+def _streams(
+    base: Base, conversations: Sequence[Conversation], prefix: list[int]
+) -> dict[int, torch.Tensor]:
+    """The bare base's last stream at the rows that predict each conversation's reply."""
+    pack = Pack(conversations, prefix)
+    parts = predictions(base, pack).split([len(c.reply) for c in pack.conversations])
+    return {id(c): part for c, part in zip(pack.conversations, parts, strict=True)}
+
+
+class Unseen:
+    """Conversations that are not trained on, to measure by."""
+
+    def __init__(
+        self, base: Base, conversations: Sequence[Conversation], prefixes: Prefixes
+    ) -> None:
+        self._base = base
+        self._pack = Pack(conversations, prefixes.student)
+        self._wanted = predictions(base, Pack(conversations, prefixes.teacher))
+        self.kl_base = self.kl(predictions(base, self._pack))
+
+    def kl(self, streams: torch.Tensor) -> float:
+        """KL to the teacher of a student's last streams, nats a token."""
+        return mean_kl(self._base, self._pack, self._wanted, streams)
+
+    def of(self, student: Student) -> float:
+        """KL of a student as it is now."""
+        return self.kl(student.forward(self._pack))
+
+
+def train(
+    student: Student,
+    lessons: Lessons,
+    unseen: Unseen,
+    plan: Plan,
+    told: Told = lambda seconds, budget, loss, recovered: None,
+    checkpoint: Path | None = None,
+    key: str = "",
+    resume: bool = False,
+) -> Outcome:
+    """Train until the budget is spent; the student ends as the best that it has been.
+
+    What is measured, kept and given back is a moving average of the weights. `checkpoint` is
+    a file that is written at every check; with `resume` training goes on from it, where it has
+    the same `key`.
+    Ctrl-C ends the training early. The start counts as a candidate: never worse than it.
+    """
+    started = time.perf_counter()
+    kl_start = unseen.of(student)
+    run = _Run(student, plan)
+    outcome = Outcome({}, unseen.kl_base, kl_start, kl_start, 0, 0.0)
+    best = student.state()
+    before = 0.0
+    if resume and checkpoint is not None and (kept := run.load(checkpoint, key)):
+        outcome.resumed = True
+        before, outcome.steps = kept["seconds"], kept["steps"]
+        outcome.kl_best, best = kept["kl_best"], kept["best"]
+        outcome.curve = kept["curve"]
+    if not outcome.curve:
+        outcome.curve.append((0.0, 1 - kl_start / unseen.kl_base))
+    packs, anchors = lessons.packs(plan.rows), [lessons.returns(), lessons.neutral()]
+    own = lessons.examples()
+    loss, check = math.nan, before + plan.seconds / _CHECKS
+
+    def spent() -> float:
+        return before + time.perf_counter() - started
+
+    def measure() -> None:
+        nonlocal best
+        now = student.state()
+        student.restore(run.average)
+        kl = unseen.of(student)
+        if kl < outcome.kl_best:
+            outcome.kl_best, best = kl, student.state()
+        student.restore(now)
+        outcome.curve.append((spent(), 1 - kl / unseen.kl_base))
+
+    try:
+        while (share := spent() / plan.seconds) < 1:
+            extra = None
+            if outcome.steps % 4 == 0:
+                extra = next(anchors[(outcome.steps // 4) % 2])
+            found = run.step(next(packs), extra, next(own, None), share)
+            loss = found if math.isnan(loss) else 0.9 * loss + 0.1 * found
+            outcome.steps += 1
+            if spent() >= check:
+                check = spent() + plan.seconds / _CHECKS
+                measure()
+                if checkpoint is not None:
+                    run.save(checkpoint, key, outcome, best, spent())
+            told(spent(), plan.seconds, loss, outcome.curve[-1][1])
+        measure()
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+        if checkpoint is not None:
+            run.save(checkpoint, key, outcome, best, spent())
+    student.restore(best)
+    outcome.changes = student.changes()
+    outcome.seconds = spent()
+    return outcome
+
+
+class _Run:
+    """Adam's state and the moving average of the weights."""
+
+    def __init__(self, student: Student, plan: Plan) -> None:
+        self.student, self.plan = student, plan
+        self.average = student.state()
+        self.optimizer = torch.optim.Adam(student.parameters(), lr=plan.rate, betas=_BETAS)
+        self._taken = 0
+
+    def step(
+        self,
+        lesson: tuple[Pack, torch.Tensor],
+        extra: tuple[Pack, torch.Tensor] | None,
+        own: tuple[Pack, torch.Tensor] | None,
+        share: float,
+    ) -> float:
+        """One step of the schedule at this share of the budget; returns the lesson's loss."""
+        warm = min(1.0, (self._taken + 1) / _WARM_UP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate * warm * 0.5 * (1 + math.cos(math.pi * min(1, share)))
+        self.optimizer.zero_grad()
+        loss = self._backward(lesson, 1.0)
+        if extra is not None:
+            self._backward(extra, _ANCHOR_WEIGHT)
+        if own is not None:
+            self._backward(own, _OWN_WEIGHT)
+        self.optimizer.step()
+        self.student.keep_slot()
+        self._taken += 1
+        decay = min(self.plan.average, 1 - 1 / (self._taken + 1))
+        with torch.no_grad():
+            for place, pair in self.student.pairs.items():
+                for mean, now in zip(self.average[place], pair, strict=True):
+                    mean.lerp_(now, 1 - decay)
+        return loss
+
+    def _backward(self, lesson: tuple[Pack, torch.Tensor], weight: float) -> float:
+        pack, wanted = lesson
+        with torch.enable_grad():
+            streams = self.student.forward(pack)
+            loss = Divergence.apply(streams, wanted, pack.reply_weight * weight, self.student.base)
+            loss.backward()
+        return float(loss.detach())
+
+    def save(
+        self,
+        path: Path,
+        key: str,
+        outcome: Outcome,
+        best: dict[tuple[int, str], Pair],
+        seconds: float,
+    ) -> None:
+        """Write everything that a later run needs, atomically."""
+        state = {
+            "key": key,
+            "seconds": seconds,
+            "steps": outcome.steps,
+            "taken": self._taken,
+            "kl_best": outcome.kl_best,
+            "curve": outcome.curve,
+            "best": best,
+            "average": self.average,
+            "pairs": self.student.state(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, path: Path, key: str) -> dict[str, Any] | None:
+        """Take up a checkpoint; None where there is none of this key, or it is damaged."""
+        try:
+            kept = torch.load(path, weights_only=True)
+            if kept["key"] != key:
+                return None
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.student.restore(kept["pairs"])
+            self.average, self._taken = kept["average"], kept["taken"]
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+            return None
+        except Exception as error:  # pickle's own, whatever a damaged file makes of it
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            return None
+        return dict(kept)
