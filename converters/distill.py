@@ -156,6 +156,9 @@ def _run(
     known = {tuple(p) for p, _ in kept_references(start, model.header)} if start else set()
     fresh = [c for c in seen if tuple(c.prompt) not in known]
     lessons = fresh if len(fresh) >= len(seen) // 4 else seen
+    texts, front = neutral(llm)
+    taught = Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed)
+    measured = Unseen(opened.base, unseen, prompts.prefixes)
     writing = time.perf_counter() - started
     if writing >= budget:
         raise SuperegoError(
@@ -163,16 +166,19 @@ def _run(
             f"{writing:.0f} s of the {budget:.0f} s; they are kept, so the next run has more, or "
             "give more minutes"
         )
-    texts, front = neutral(llm)
+    rate = _DISTILL_RATE if start is None else _REFINE_RATE
     checkpoint = output.with_name(output.name + ".training")
     key = _key(method, model, manifesto, options, start, [*lessons, *own])
     outcome = train(
         student,
-        Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed),
-        Unseen(opened.base, unseen, prompts.prefixes),
-        Plan(budget - writing, _DISTILL_RATE if start is None else _REFINE_RATE, seed=options.seed),
+        taught,
+        measured,
+        Plan(budget - writing, rate, seed=options.seed),
         lambda spent, total, loss, recovered: steps.update(
-            f"training (KL recovered {recovered:.3f})", round(spent), round(total)
+            "training",
+            min(round(spent), round(total)),
+            round(total),
+            f"KL recovered {recovered:.3f}",
         ),
         checkpoint,
         key,

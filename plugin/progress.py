@@ -67,8 +67,11 @@ class Steps:
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def update(self, label: str, done: float, total: float) -> None:
-        """Show how far the step `label` is; a new label begins a new step."""
+    def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+        """Show how far the step `label` is; a new label begins a new step.
+
+        `detail` stands beside the label and may change.
+        """
         if self._quiet:
             return
         now = time.monotonic()
@@ -81,7 +84,8 @@ class Steps:
                     self._bar.remove_task(self._task)
                 self._task = self._bar.add_task(label, total=total)
             if self._task is not None:
-                self._bar.update(self._task, completed=done, total=total)
+                told = f"{label} ({detail})" if detail else label
+                self._bar.update(self._task, completed=done, total=total, description=told)
         elif fresh or now - self._last >= _LINE_EVERY or done >= total:
             self._last = now
             passed = now - self._start
@@ -91,4 +95,5 @@ class Steps:
                 else ""
             )
             share = f"{100 * done / total:.0f}%" if total else ""
-            print(f"{label}: {share} after {passed:.0f} s{left}", file=sys.stderr, flush=True)
+            told = f"{share} after {passed:.0f} s{left}" + (f", {detail}" if detail else "")
+            print(f"{label}: {told}", file=sys.stderr, flush=True)
