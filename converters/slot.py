@@ -150,8 +150,8 @@ def find_slot(
     direction = direction * direction[direction.abs().argmax()].sign()  # eigh leaves it open
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
     one = F.one_hot(torch.tensor(neuron), shape.d_ff).float()
-    gate, up = layer.gate_up.float()[neuron], layer.gate_up.float()[shape.d_ff + neuron]
-    down = written.float()[:, neuron]
+    gate, up = layer.gate_up[neuron].float(), layer.gate_up[shape.d_ff + neuron].float()
+    down = written[:, neuron].float()
     changes = {
         (index, "ffn_gate"): Change((_GATE * detector - gate)[None], one[:, None]),
         (index, "ffn_up"): Change((_UP * detector - up)[None], one[:, None]),
