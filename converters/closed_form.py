@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from superego.converters.linear_algebra import factor_, leading
+from superego.converters.linear_algebra import solve as solve_with
 from superego.converters.slot import Probe, Slot, find_slot, write_cell
 from superego.converters.streams import (
     WRITES,
@@ -27,6 +29,7 @@ from superego.converters.transformer import Base
 
 _GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
 _GRAM_BLOCK = 512
+_LARGE = 1536  # outputs from which on eigenvectors are found by iteration
 _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
@@ -171,11 +174,29 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
     diagonal = gram.diagonal()
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
     diagonal += penalty
+    if out >= _LARGE and out > 2 * rank:
+        return _large(gram, cross, penalty, rank)
     delta = _solved(gram, cross.T).T  # (out, in)
     seen = (cross - delta * penalty) @ delta.T  # (out, out), symmetric but for rounding
     _, vectors = torch.linalg.eigh((seen + seen.T) / 2)
     b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
     return Change((b.T @ delta).contiguous(), b.contiguous())
+
+
+def _large(gram: torch.Tensor, cross: torch.Tensor, penalty: torch.Tensor, rank: int) -> Change:
+    """The change of `fit` without the whole ΔW: it is only ever applied to a few vectors.
+
+    `gram` is XᵀX + Λ, and becomes its factor. Of 4,096 outputs a solve for some 200 columns at
+    a time is a fraction of the work, and all eigenvectors would take longer than the rest.
+    """
+    upper = factor_(gram)
+
+    def apply(vectors: torch.Tensor) -> torch.Tensor:  # ΔW XᵀX ΔWᵀ
+        found = solve_with(upper, cross.T @ vectors)  # ΔWᵀ
+        return cross @ (found - solve_with(upper, penalty[:, None] * found))
+
+    b = leading(apply, len(cross), rank)
+    return Change(solve_with(upper, cross.T @ b).T.contiguous(), b.contiguous())
 
 
 def _solved(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
