@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from superego.converters.linear_algebra import factor_, leading
 from superego.converters.linear_algebra import solve as solve_with
@@ -26,10 +27,13 @@ from superego.converters.streams import (
     changed_layer,
 )
 from superego.converters.transformer import Base
+from superego.converters.unfinished import Unfinished
 
+_CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 _GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
 _GRAM_BLOCK = 512
-_LARGE = 1536  # outputs from which on eigenvectors are found by iteration
+GRAM_ROWS = 8192  # the same where outputs are many: adding to float32 takes its time
+LARGE = 1536  # outputs from which on eigenvectors are found by iteration
 _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
@@ -59,6 +63,7 @@ def solve(
     ridges: Mapping[str, float],
     progress: Callable[[int, int], None] = lambda done, total: None,
     slots: dict[tuple[int, ...], Slot | None] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 
@@ -70,7 +75,8 @@ def solve(
     Where the student's prefix has a token that can be told from all others, its keys and
     values are first made to stand for the manifesto's (slot.py), and the fit mends the rest.
     `slots` holds those of earlier fits on this base, by student prefix: its slot is looked for
-    once. Without it every fit looks for its own.
+    once. Without it every fit looks for its own. `unfinished` holds the layers that an
+    interrupted fit has solved, and is given those that this one solves.
     """
     teacher = Streams(base, Pack(conversations, prefixes.teacher))
     student = Streams(base, Pack(conversations, prefixes.student))
@@ -86,13 +92,27 @@ def solve(
         probe = Probe(
             base, conversations, prefixes.teacher, prefixes.student, max(1, prefixes.common)
         )
+    done = unfinished.layers if unfinished else 0
+    kept = (
+        {key: Change(*(m.to(base.device) for m in pair)) for key, pair in unfinished.found.items()}
+        if unfinished
+        else {}
+    )
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
+        solved: Changes = {}
         if slot:
-            if index > slot.layer:
+            if index < done:
+                written = {m: kept[index, m] for m in _CELL if (index, m) in kept}
+            elif index > slot.layer:
                 written = write_cell(base, layer, student, slot, probe.cell(index))
-                changes.update({(index, matrix): found for matrix, found in written.items()})
+            else:
+                written = {}
+            solved.update({(index, matrix): found for matrix, found in written.items()})
+            changes.update(solved)
             probe.advance(index)
+            if unfinished and index + 1 == done:
+                probe.generator.set_state(unfinished.aside["generator"])
         changed = changed_layer(base, index, changes)
         for write in WRITES:
             matrix = getattr(layer, write)
@@ -102,6 +122,14 @@ def solve(
             inputs = student.inputs(changed, write)
             student.add(inputs, matrix)
             if matrix.weight is None:  # experts: no matrix of theirs is adapted
+                continue
+            if index < done:  # walked again, the same operations in the same order
+                mark, change = changes.get((index, write)), kept[index, write]
+                if slot and mark:
+                    bare.add_change(own_inputs, mark)
+                    student.add_change(inputs, mark)
+                student.add_change(inputs, change)
+                changes[index, write] = _both(mark, change) if mark else change
                 continue
             rows, prefix = inputs
             mark = changes.get((index, write))
@@ -133,7 +161,12 @@ def solve(
             del seen, wanted
             change = behind(matrix, change)
             student.add_change(inputs, change)
+            solved[index, write] = change
             changes[index, write] = _both(mark, change) if mark else change
+        if unfinished and index >= done:
+            found = {key: (each.a.cpu(), each.b.cpu()) for key, each in solved.items()}
+            aside = {"generator": probe.generator.get_state()} if slot else {}
+            unfinished.add(index, found, aside)
         progress(index + 1, base.shape.n_layer)
     return changes
 
@@ -164,8 +197,18 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
     product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
     width, out = inputs.shape[1], lacking.shape[1]
-    gram, cross = torch.zeros(width, width), torch.zeros(out, width)
-    for start in range(0, len(inputs), _GRAM_CHUNK):
+    gram, cross = (torch.zeros(n, width, device=inputs.device) for n in (width, out))
+    large = out >= LARGE and out > 2 * rank
+    for start in range(0, len(inputs) if large else 0, GRAM_ROWS):
+        part = slice(start, start + GRAM_ROWS)
+        x, r = inputs[part].T.contiguous(), lacking[part].T.contiguous()
+        for left in range(0, width, _GRAM_BLOCK):
+            columns = slice(left, left + _GRAM_BLOCK)
+            gram[columns, left:] += F.linear(x[columns], x[left:])
+        for top in range(0, out, _GRAM_BLOCK):
+            cross[top : top + _GRAM_BLOCK] += F.linear(r[top : top + _GRAM_BLOCK], x)
+        del x, r
+    for start in range(0, 0 if large else len(inputs), _GRAM_CHUNK):
         x, r = inputs[start : start + _GRAM_CHUNK], lacking[start : start + _GRAM_CHUNK]
         for left in range(0, width, _GRAM_BLOCK):  # the upper blocks: nothing reads the others
             columns = slice(left, left + _GRAM_BLOCK)
@@ -174,7 +217,7 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
     diagonal = gram.diagonal()
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
     diagonal += penalty
-    if out >= _LARGE and out > 2 * rank:
+    if large:
         return _large(gram, cross, penalty, rank)
     delta = _solved(gram, cross.T).T  # (out, in)
     seen = (cross - delta * penalty) @ delta.T  # (out, out), symmetric but for rounding
@@ -205,7 +248,7 @@ def _solved(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Nothing of its size is made beside it: of 14,336 inputs it has 0.8 GB.
     """
     lower = gram.mT  # LAPACK's layout, so that it works in place
-    info = torch.empty((), dtype=torch.int32)
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(lower, check_errors=True, out=(lower, info))
     half = torch.linalg.solve_triangular(lower, right, upper=False)
     return torch.linalg.solve_triangular(lower.mT, half, upper=True)

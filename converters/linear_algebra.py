@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 _BLOCK = 256
-_EXTRA = 32  # columns beyond those wanted, that the last of these converge too
+EXTRA = 32  # columns beyond those wanted, that the last of these converge too
 _ROUNDS = 3  # of subspace iteration, after the first product
 
 
@@ -66,7 +66,7 @@ def leading(
     (test_linear_algebra). `apply` maps (n, k) to (n, k).
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
-    start = torch.randn(n, min(n, rank + _EXTRA), generator=generator, device="cpu")
+    start = torch.randn(n, min(n, rank + EXTRA), generator=generator, device="cpu")
     found = apply(start.to(torch.get_default_device()))
     for _ in range(rounds):
         basis = torch.linalg.qr(found).Q

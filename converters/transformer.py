@@ -27,8 +27,8 @@ _MATRICES = (
     "ffn_up",
     "ffn_down",
 )
-_WHOLE_TABLE, _TABLE_PART = 1 << 27, 1 << 26  # weights of an output matrix multiplied at once
-_GATED = 1 << 27  # products of gate and up that lie in memory at once
+WHOLE_TABLE, TABLE_PART = 1 << 27, 1 << 26  # weights of an output matrix multiplied at once
+GATED = 1 << 27  # products of gate and up that lie in memory at once
 _NORMED = 1 << 20  # values normed at once, in a cache
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)
@@ -87,6 +87,7 @@ class Base:
         """`resident`: keep all that is read; else the last layer alone (see also `keep`)."""
         self.path = header.path
         self.dtype = dtype
+        self.device = torch.get_default_device()  # see superego.converters.device
         self.shape = read_shape(header)
         self.weights = Weights(header, dtype)
         self._layers: dict[int, Layer] = {}
@@ -161,10 +162,10 @@ class Base:
     def _matrix(
         self, name: str, out: torch.Tensor | None = None, rows: slice | None = None
     ) -> torch.Tensor:
-        return self.weights.matrix(name, out, rows)
+        return self.weights.matrix(name, out, rows).to(self.device)
 
     def _vector(self, name: str) -> torch.Tensor:
-        return self.weights.vector(name)
+        return self.weights.vector(name).to(self.device)
 
     def _optional(self, name: str) -> torch.Tensor | None:
         return self._vector(name) if name in self.weights else None
@@ -173,7 +174,7 @@ class Base:
         """Memory for a matrix; a passing layer's is that of the one before it."""
         found = self._passing.get(name) if passing else None
         if found is None or found.shape != shape:
-            found = torch.empty(shape, dtype=self.dtype)
+            found = torch.empty(shape, dtype=self.dtype, device="cpu")
             if passing:
                 self._passing[name] = found
         return found
@@ -187,16 +188,16 @@ class Base:
         found = self._space("qkv", (sum(parts.values()), shape.d_model), passing)
         pieces = found.split(list(parts.values()))
         if f"{prefix}attn_qkv.weight" in self.weights:
-            self._matrix(f"{prefix}attn_qkv.weight", found)
+            self.weights.matrix(f"{prefix}attn_qkv.weight", found)
         else:
             for name, rows in zip(parts, pieces, strict=True):
-                self._matrix(f"{prefix}{name}.weight", rows)
+                self.weights.matrix(f"{prefix}{name}.weight", rows)
         if shape.rope_pairs:
             # llama.cpp rotates adjacent pairs for this architecture; the half layout is
             # the same rotation after one fixed permutation of rows, and Q·K is unchanged.
             for rows in pieces[:2]:
                 rows.copy_(pairs_to_halves(rows, shape.head_dim))
-        return found
+        return found.to(self.device)
 
     def _bias(self, prefix: str, whole: str, parts: dict[str, int]) -> torch.Tensor | None:
         """One vector of several, as `_qkv`. None where the file has none of them."""
@@ -252,9 +253,10 @@ class Base:
             layer.gate_up = self._space("gate_up", (2 * shape.d_ff, shape.d_model), passing)
             if prefix + "ffn_gate.weight" in self.weights:
                 for name, rows in zip(both, layer.gate_up.split(shape.d_ff), strict=True):
-                    self._matrix(f"{prefix}{name}.weight", rows)
+                    self.weights.matrix(f"{prefix}{name}.weight", rows)
             else:  # fused: gate rows, then up rows
-                self._matrix(prefix + "ffn_up.weight", layer.gate_up)
+                self.weights.matrix(prefix + "ffn_up.weight", layer.gate_up)
+            layer.gate_up = layer.gate_up.to(self.device)
             layer.gate_up_bias = self._bias(prefix, "ffn_gate_up", both)
             layer.ffn_down = self._write(prefix, "ffn_down", "post_ffw_norm", passing)
         if not passing:
@@ -284,7 +286,7 @@ class Base:
         if self._kept_tables or name in self._tables:
             stream = self.embedding[tokens].float()
         else:
-            stream = self.weights.gathered(name, tokens.tolist()).float()
+            stream = self.weights.gathered(name, tokens.tolist()).to(self.device).float()
         scale = self.shape.embedding_scale
         return stream if scale == 1 else stream.mul_(scale)
 
@@ -307,7 +309,7 @@ class Base:
     def _output_parts(self) -> Iterator[torch.Tensor]:
         """The output matrix, a large one in runs of rows, the same ones whether it is kept."""
         n_vocab, width = self.shape.n_vocab, self.shape.d_model
-        step = n_vocab if n_vocab * width <= _WHOLE_TABLE else _TABLE_PART // width
+        step = n_vocab if n_vocab * width <= WHOLE_TABLE else TABLE_PART // width
         name = "token_embd.weight" if self._tied else "output.weight"
         kept = self.output if self._kept_tables or name in self._tables else None
         for start in range(0, n_vocab, step):
@@ -514,7 +516,7 @@ def feed_forward(base: Base, layer: Layer, stream: torch.Tensor) -> torch.Tensor
         hidden = rms_norm(rows, layer.ffn_norm, eps, base.dtype)
         return gated(base, F.linear(hidden, layer.gate_up, layer.gate_up_bias))
 
-    step = max(1, _GATED // len(layer.gate_up))
+    step = max(1, GATED // len(layer.gate_up))
     if len(stream) <= step:
         return inner(stream)
     out = torch.empty(len(stream), base.shape.d_ff, dtype=base.dtype)
