@@ -3,9 +3,9 @@
     python benchmarks/sizes.py Llama-3.2-1B --memory 3
     python benchmarks/sizes.py Llama-3.1-8B --memory 9 --layers 4 --effort quick
 
-With --layers the model has its first layers alone. Memory is this process's, read from
-/proc/self/status every 20 ms: anonymous memory and file pages apart (weights are read, not mapped, so
-that the file lies in the system's page cache, which it takes back when it needs to).
+With --layers the model has its first layers alone. Memory is this process's own, read from
+/proc/self/status every 20 ms, anonymous memory and file pages apart (weights are read, not mapped,
+so that the file lies in the page cache, which the system takes back when it needs to).
 """
 
 from __future__ import annotations
