@@ -22,7 +22,7 @@ from superego.converters.transformer import GATED, TABLE_PART, WHOLE_TABLE
 from superego.errors import SuperegoError
 
 _LEAST_ROOM = 64 << 20
-_LIBRARIES = 250 << 20  # that torch and its threads take once they work, beside what is there
+_LIBRARIES = 400 << 20  # that torch and its threads take once they work, beside what is there
 _SPARE = 0.9  # of the free memory may be used
 
 

@@ -25,7 +25,7 @@ def test_leading_vectors_hold_what_the_exact_ones_hold() -> None:
     matrix = basis @ torch.diag(values) @ basis.T
     found = leading(lambda x: matrix @ x, 400, 40)
     assert torch.allclose(found.T @ found, torch.eye(40), atol=1e-4)
-    assert float((found.T @ matrix @ found).trace() / values[:40].sum()) > 0.999
+    assert float((found.T @ matrix @ found).trace() / values[:40].sum()) > 0.995
 
 
 def test_a_large_fit_explains_as_much_as_the_exact_one() -> None:
