@@ -59,7 +59,7 @@ def queries(
         mass = scores.logsumexp(-1).transpose(1, 2).reshape(-1, shape.n_head)
         own[start:stop] = mass[scatter]
     n = min(_QUERIES, len(query))
-    rows = torch.randperm(len(query), generator=generator)[:n]
+    rows = torch.randperm(len(query), generator=generator, device="cpu")[:n]
     by_head = query[rows].view(n, shape.n_head_kv, group, -1).transpose(0, 1).flatten(1, 2)
     outer = torch.cat([key[:, :front], key[:, key.shape[1] - common :]], 1)
     kept = (by_head @ outer.transpose(1, 2)).logsumexp(-1)  # (n_head_kv, n · group)

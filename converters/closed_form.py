@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from superego.converters.linear_algebra import factor_, leading
+from superego.converters.linear_algebra import solve as solve_with
 from superego.converters.slot import Probe, Slot, find_slot, write_cell
 from superego.converters.streams import (
     WRITES,
@@ -24,9 +27,13 @@ from superego.converters.streams import (
     changed_layer,
 )
 from superego.converters.transformer import Base
+from superego.converters.unfinished import Unfinished
 
+_CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 _GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
 _GRAM_BLOCK = 512
+GRAM_ROWS = 8192  # the same where outputs are many: adding to float32 takes its time
+LARGE = 1536  # outputs from which on eigenvectors are found by iteration
 _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
@@ -56,6 +63,7 @@ def solve(
     ridges: Mapping[str, float],
     progress: Callable[[int, int], None] = lambda done, total: None,
     slots: dict[tuple[int, ...], Slot | None] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 
@@ -67,7 +75,8 @@ def solve(
     Where the student's prefix has a token that can be told from all others, its keys and
     values are first made to stand for the manifesto's (slot.py), and the fit mends the rest.
     `slots` holds those of earlier fits on this base, by student prefix: its slot is looked for
-    once. Without it every fit looks for its own.
+    once. Without it every fit looks for its own. `unfinished` holds the layers that an
+    interrupted fit has solved, and is given those that this one solves.
     """
     teacher = Streams(base, Pack(conversations, prefixes.teacher))
     student = Streams(base, Pack(conversations, prefixes.student))
@@ -83,13 +92,27 @@ def solve(
         probe = Probe(
             base, conversations, prefixes.teacher, prefixes.student, max(1, prefixes.common)
         )
+    done = unfinished.layers if unfinished else 0
+    kept = (
+        {key: Change(*(m.to(base.device) for m in pair)) for key, pair in unfinished.found.items()}
+        if unfinished
+        else {}
+    )
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
+        solved: Changes = {}
         if slot:
-            if index > slot.layer:
+            if index < done:
+                written = {m: kept[index, m] for m in _CELL if (index, m) in kept}
+            elif index > slot.layer:
                 written = write_cell(base, layer, student, slot, probe.cell(index))
-                changes.update({(index, matrix): found for matrix, found in written.items()})
+            else:
+                written = {}
+            solved.update({(index, matrix): found for matrix, found in written.items()})
+            changes.update(solved)
             probe.advance(index)
+            if unfinished and index + 1 == done:
+                probe.generator.set_state(unfinished.aside["generator"])
         changed = changed_layer(base, index, changes)
         for write in WRITES:
             matrix = getattr(layer, write)
@@ -100,6 +123,14 @@ def solve(
             student.add(inputs, matrix)
             if matrix.weight is None:  # experts: no matrix of theirs is adapted
                 continue
+            if index < done:  # walked again, the same operations in the same order
+                mark, change = changes.get((index, write)), kept[index, write]
+                if slot and mark:
+                    bare.add_change(own_inputs, mark)
+                    student.add_change(inputs, mark)
+                student.add_change(inputs, change)
+                changes[index, write] = _both(mark, change) if mark else change
+                continue
             rows, prefix = inputs
             mark = changes.get((index, write))
             if slot and mark:
@@ -107,8 +138,8 @@ def solve(
                 student.add_change(inputs, mark)
                 rows, prefix = (_without(each, slot.neuron) for each in inputs)
             # An attention sink's input is huge; uncapped it would drive the whole fit.
-            norms = prefix[:own].float().norm(dim=1)
-            cap = (_ANCHOR_CAP * rows.float().norm(dim=1).median() / norms).clamp(max=1)
+            norms = _norms(prefix[:own])
+            cap = (_ANCHOR_CAP * _norms(rows).median() / norms).clamp(max=1)
             scale = torch.cat([weight * cap, torch.full((prefixes.common,), weight)])[:, None]
             lacking = torch.cat(
                 [
@@ -121,17 +152,28 @@ def solve(
             wanted = torch.cat([reachable, lacking * scale])
             if slot:  # noise in the mark's direction would be read as the mark
                 wanted -= torch.outer(wanted @ slot.direction, slot.direction)
-            change = fit(
-                student.weigh(torch.cat([rows, (prefix.float() * scale).to(rows.dtype)])),
-                wanted.to(rows.dtype),
-                rank,
-                ridges[write],
-            )
+            wanted = wanted.to(rows.dtype)
+            seen = torch.cat([rows, (prefix.float() * scale).to(rows.dtype)])
+            if not mark:
+                inputs = (seen[: len(rows)], prefix)  # the same rows need not be there twice
+            del rows, reachable
+            change = fit(student.weigh(seen), wanted, rank, ridges[write])
+            del seen, wanted
             change = behind(matrix, change)
             student.add_change(inputs, change)
+            solved[index, write] = change
             changes[index, write] = _both(mark, change) if mark else change
+        if unfinished and index >= done:
+            found = {key: (each.a.cpu(), each.b.cpu()) for key, each in solved.items()}
+            aside = {"generator": probe.generator.get_state()} if slot else {}
+            unfinished.add(index, found, aside)
         progress(index + 1, base.shape.n_layer)
     return changes
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """(n, in) -> the length of each row, (n,) float32."""
+    return torch.cat([part.float().norm(dim=1) for part in rows.split(_GRAM_CHUNK)])
 
 
 def _without(rows: torch.Tensor, column: int) -> torch.Tensor:
@@ -155,20 +197,58 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
     product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
     width, out = inputs.shape[1], lacking.shape[1]
-    gram, cross = torch.zeros(width, width), torch.zeros(out, width)
-    for start in range(0, len(inputs), _GRAM_CHUNK):
+    gram, cross = (torch.zeros(n, width, device=inputs.device) for n in (width, out))
+    large = out >= LARGE and out > 2 * rank
+    for start in range(0, len(inputs) if large else 0, GRAM_ROWS):
+        part = slice(start, start + GRAM_ROWS)
+        x, r = inputs[part].T.contiguous(), lacking[part].T.contiguous()
+        for left in range(0, width, _GRAM_BLOCK):
+            columns = slice(left, left + _GRAM_BLOCK)
+            gram[columns, left:] += F.linear(x[columns], x[left:])
+        for top in range(0, out, _GRAM_BLOCK):
+            cross[top : top + _GRAM_BLOCK] += F.linear(r[top : top + _GRAM_BLOCK], x)
+        del x, r
+    for start in range(0, 0 if large else len(inputs), _GRAM_CHUNK):
         x, r = inputs[start : start + _GRAM_CHUNK], lacking[start : start + _GRAM_CHUNK]
-        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks; the rest is mirrored
+        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks: nothing reads the others
             columns = slice(left, left + _GRAM_BLOCK)
             gram[columns, left:] += x[:, columns].T @ x[:, left:]
         cross += r.T @ x
-    gram = gram.triu()
-    gram = gram + gram.triu(1).T
     diagonal = gram.diagonal()
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
-    factor = torch.linalg.cholesky(gram + torch.diag(penalty))
-    delta = torch.cholesky_solve(cross.T, factor).T  # (out, in)
+    diagonal += penalty
+    if large:
+        return _large(gram, cross, penalty, rank)
+    delta = _solved(gram, cross.T).T  # (out, in)
     seen = (cross - delta * penalty) @ delta.T  # (out, out), symmetric but for rounding
     _, vectors = torch.linalg.eigh((seen + seen.T) / 2)
     b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
     return Change((b.T @ delta).contiguous(), b.contiguous())
+
+
+def _large(gram: torch.Tensor, cross: torch.Tensor, penalty: torch.Tensor, rank: int) -> Change:
+    """The change of `fit` without the whole ΔW: it is only ever applied to a few vectors.
+
+    `gram` is XᵀX + Λ, and becomes its factor. Of 4,096 outputs a solve for some 200 columns at
+    a time is a fraction of the work, and all eigenvectors would take longer than the rest.
+    """
+    upper = factor_(gram)
+
+    def apply(vectors: torch.Tensor) -> torch.Tensor:  # ΔW XᵀX ΔWᵀ
+        found = solve_with(upper, cross.T @ vectors)  # ΔWᵀ
+        return cross @ (found - solve_with(upper, penalty[:, None] * found))
+
+    b = leading(apply, len(cross), rank)
+    return Change(solve_with(upper, cross.T @ b).T.contiguous(), b.contiguous())
+
+
+def _solved(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """gram⁻¹ right, with gram (n, n) of which the upper half is read; it becomes its factor.
+
+    Nothing of its size is made beside it: of 14,336 inputs it has 0.8 GB.
+    """
+    lower = gram.mT  # LAPACK's layout, so that it works in place
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(lower, check_errors=True, out=(lower, info))
+    half = torch.linalg.solve_triangular(lower, right, upper=False)
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 
 import superego
@@ -22,11 +21,14 @@ from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.closed_form import solve
+from superego.converters.device import free_memory, on, pick_device
 from superego.converters.kept import Known, renew, stored
+from superego.converters.memory import Plan, plan_memory
 from superego.converters.references import (
     BLOCKS,
     LONG_REPLY,
     SHORT_REPLY,
+    Prompts,
     prepare,
     reply_limits,
     seeds,
@@ -36,6 +38,7 @@ from superego.converters.shape import read_shape
 from superego.converters.slot import Slot
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype
+from superego.converters.unfinished import Unfinished
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.progress import Steps
@@ -90,19 +93,35 @@ class Opened:
     llm: Llama
     base: Base
     rate: float  # GFLOP/s
+    sizes: Plan
     slots: dict[tuple[int, ...], Slot | None] = field(default_factory=dict)
 
 
-def open_for_compile(model: BaseModel, llm: Llama, steps: Steps) -> Opened:
-    """Dequantize all layers into memory; raises SuperegoError where they do not fit."""
+def open_for_compile(
+    model: BaseModel,
+    llm: Llama,
+    steps: Steps,
+    prompts: Prompts | None = None,
+    rank: int = 160,
+    memory: float | None = None,
+) -> Opened:
+    """Open a base, with as many layers in memory as fit beside the work on these prompts.
+
+    `memory` is the most that the process may have, in GB. Raises SuperegoError where the work
+    does not fit. Without prompts room is left for those of `standard`.
+    """
     dtype, rate = probe_dtype()
-    _check_memory(model, dtype)
+    rest = prompts.rest if prompts else [[0] * 40] * sum(BLOCKS[:2])
+    prefix = len(prompts.prefixes.teacher) if prompts else 400
+    free = free_memory(torch.get_default_device())
+    sizes = plan_memory(model, dtype, rest, prefix, rank, memory, free)
     steps.update("reading the base", 0, 1)
-    base = Base(model.header, dtype, resident=True)
-    for index in range(base.shape.n_layer):
+    base = Base(model.header, dtype, resident=False)
+    base.keep(sizes.layers, sizes.tables)
+    for index in range(sizes.layers):
         base.layer(index)
-        steps.update("reading the base", index + 1, base.shape.n_layer)
-    return Opened(llm, base, rate)
+        steps.update("reading the base", index + 1, sizes.layers)
+    return Opened(llm, base, rate, sizes)
 
 
 def compile_manifesto(
@@ -116,6 +135,29 @@ def compile_manifesto(
     opened: Opened | None = None,
     known: Known | None = None,
     extra: Mapping[str, str | int | float] | None = None,
+    memory: float | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """`compile_on` on the device of that name; without `opened`, which has its own."""
+    with on(pick_device(device)):
+        return compile_on(
+            manifesto, model, output, settings, threads, use_cache, steps, opened, known, extra,
+            memory,
+        )  # fmt: skip
+
+
+def compile_on(
+    manifesto: Manifesto,
+    model: BaseModel,
+    output: Path,
+    settings: Settings,
+    threads: int | None = None,
+    use_cache: bool = True,
+    steps: Steps | None = None,
+    opened: Opened | None = None,
+    known: Known | None = None,
+    extra: Mapping[str, str | int | float] | None = None,
+    memory: float | None = None,
 ) -> dict[str, Any]:
     """Write an adapter for `model` to `output`; returns what was done and what it cost.
 
@@ -132,7 +174,8 @@ def compile_manifesto(
     torch.set_grad_enabled(False)
     llm = opened.llm if opened else load(model, threads=threads, vocab_only=True)
     prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
-    opened = opened or open_for_compile(model, llm, steps)
+    rank = min(settings.rank, read_shape(model.header).d_model)
+    opened = opened or open_for_compile(model, llm, steps, prompts, rank, memory)
     base, rate = opened.base, opened.rate
     seconds = {"load": time.perf_counter() - started}
 
@@ -146,14 +189,30 @@ def compile_manifesto(
         conversations, kept = renew(llm, base, prompts, known, settings.blocks, told)
     else:
         conversations, cached = write_replies(
-            llm, base, model.fingerprint, prompts, settings.blocks, use_cache, told
+            llm,
+            base,
+            model.fingerprint,
+            prompts,
+            settings.blocks,
+            use_cache,
+            told,
+            opened.sizes.room,
         )
+    if not base.resident:
+        base.keep(0, tables=False)  # a walk reads each layer once; its memory is for the rows
     seconds["references"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
     unseen = conversations[-settings.unseen :]
     seen = conversations[: -settings.unseen]
-    rank = min(settings.rank, base.shape.d_model)
+    unfinished = Unfinished(
+        [superego.__version__, torch.__version__, model.fingerprint, str(base.dtype)],
+        [base.device.type, torch.get_num_threads(), {**asdict(settings), "rank": rank}],
+        [prompts.prefixes.teacher, prompts.prefixes.student],
+        [[c.prompt, c.reply] for c in seen],
+    )
+    if unfinished.layers:
+        steps.note(f"going on behind layer {unfinished.layers} of {base.shape.n_layer}")
     changes = solve(
         base,
         seen,
@@ -162,6 +221,7 @@ def compile_manifesto(
         {"attn_output": settings.ridge, "ffn_down": settings.ridge_ffn},
         lambda done, total: steps.update("solving layers", done, total),
         opened.slots,
+        unfinished,
     )
     seconds["fit"] = time.perf_counter() - mark
 
@@ -192,6 +252,7 @@ def compile_manifesto(
             **(extra or {}),
         },
     )
+    unfinished.remove()
     seconds["write"] = time.perf_counter() - mark
     seconds["total"] = time.perf_counter() - started
     rows = sum(len(c.prompt) + len(c.reply) - 1 for c in seen)
@@ -212,6 +273,8 @@ def compile_manifesto(
         "compute type": str(base.dtype).removeprefix("torch."),
         "matmul peak GFLOP/s": round(rate),
         "fit GFLOP/s": round(fit_operations(base, rows) / seconds["fit"] / 1e9),
+        "layers kept in memory": f"{opened.sizes.layers} of {base.shape.n_layer}",
+        "estimated memory MB": round(opened.sizes.peak / 2**20),
         "peak memory MB": peak_memory() // 2**20,
     }
 
@@ -219,7 +282,7 @@ def compile_manifesto(
 def pairs(changes: Changes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Changes under llama.cpp's tensor names: A (r, in), B (out, r)."""
     return {
-        f"blk.{layer}.{write}.weight": (change.a.numpy(), change.b.numpy())
+        f"blk.{layer}.{write}.weight": (change.a.cpu().numpy(), change.b.cpu().numpy())
         for (layer, write), change in changes.items()
     }
 
@@ -236,7 +299,11 @@ def fit_operations(base: Base, rows: int) -> float:
 
 
 def plan(
-    manifesto: Manifesto, model: BaseModel, settings: Settings, threads: int | None
+    manifesto: Manifesto,
+    model: BaseModel,
+    settings: Settings,
+    threads: int | None,
+    memory: float | None = None,
 ) -> dict[str, Any]:
     """What a compile would do and cost, without doing it. Estimates, from a matmul probe."""
     torch.set_num_threads(threads or default_threads())
@@ -250,7 +317,7 @@ def plan(
     # Shares of the peak that the steps reached on 2 cores with the 135M model.
     write = 2.0 * shape.n_weights * rows / (rate * 1e9 * 0.25)
     fit = 6.0 * shape.n_weights * rows / (rate * 1e9 * 0.4)
-    width = 2 if dtype == torch.bfloat16 else 4
+    sizes = plan_memory(model, dtype, rest, len(prompts.prefixes.teacher), rank, memory)
     per_pair = shape.n_head * shape.head_dim + shape.d_model
     per_pair += 0 if shape.n_expert else shape.d_ff + shape.d_model
     return {
@@ -264,23 +331,11 @@ def plan(
         "reference tokens, at most": rows,
         "compute type": str(dtype).removeprefix("torch."),
         "estimated seconds": round(6 + write + fit),
-        "estimated memory MB": round(
-            (shape.n_weights * width + rows * (shape.d_model * 24 + shape.d_ff * 10)) / 2**20 + 400
-        ),
+        "estimated memory MB": round(sizes.peak / 2**20),
+        "layers kept in memory": f"{sizes.layers} of {shape.n_layer}",
+        "batches of references": sizes.batches,
         "adapter bytes": 2 * rank * shape.n_layer * per_pair,
     }
-
-
-def _check_memory(model: BaseModel, dtype: torch.dtype) -> None:
-    """Writing references keeps all weights in memory, dequantized."""
-    needed = read_shape(model.header).n_weights * (2 if dtype == torch.bfloat16 else 4)
-    free = psutil.virtual_memory().available
-    if needed > 0.8 * free:
-        raise SuperegoError(
-            f"{model.path}: compile keeps its weights in memory as {str(dtype)[6:]}: "
-            f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; close programs or take a "
-            "smaller base"
-        )
 
 
 def _metadata(

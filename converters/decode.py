@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from superego.converters.shape import Shape
 from superego.converters.transformer import (
     Base,
     KeyValue,
@@ -21,6 +22,8 @@ from superego.converters.transformer import (
     rms_norm,
 )
 
+ROOM = 4 << 30  # bytes of keys and values at once; batches decide bits, so this is the same for all
+
 
 def prefill(base: Base, tokens: list[int]) -> list[KeyValue]:
     """Each layer's keys and values of a prefix of tokens."""
@@ -29,7 +32,7 @@ def prefill(base: Base, tokens: list[int]) -> list[KeyValue]:
     rotations = base.rotations(rows.positions)
     cache = []
     for index in range(base.shape.n_layer):
-        layer = base.layer(index)
+        layer = base.layer(index, passing=True)
         hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
         query, key, value = project_qkv(base, layer, hidden, rotations[index])
         cache.append(KeyValue(key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()))
@@ -48,8 +51,9 @@ class _Cache:
         self.values = [torch.zeros(size, dtype=base.dtype) for _ in range(shape.n_layer)]
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        for index in range(len(self.keys)):  # one at a time: all together would be there twice
+            self.keys[index] = self.keys[index][rows]
+            self.values[index] = self.values[index][rows]
 
 
 def _first_tokens(
@@ -62,7 +66,7 @@ def _first_tokens(
     sequence = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(rows.lengths))
     within = rows.positions - rows.prefix_length
     for index in range(base.shape.n_layer):
-        layer = base.layer(index)
+        layer = base.layer(index, passing=True)
         hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
         query, key, value = project_qkv(base, layer, hidden, rotations[index])
         cache.keys[index][sequence, :, within] = key
@@ -120,6 +124,23 @@ def _attend_step(
     return (from_own + from_prefix.transpose(0, 1)).reshape(batch, -1)
 
 
+def cell_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * shape.n_layer * shape.n_head_kv * shape.head_dim * dtype.itemsize
+
+
+def batches(prompts: list[list[int]], limits: list[int], cells: int) -> list[int]:
+    """Sizes of the runs of prompts whose caches have at most so many cells, at least one each."""
+    sizes, widest = [0], 0
+    for prompt, limit in zip(prompts, limits, strict=True):
+        widest = max(widest, len(prompt) + limit)
+        if sizes[-1] and widest * (sizes[-1] + 1) > cells:
+            sizes.append(0)
+            widest = len(prompt) + limit
+        sizes[-1] += 1
+    return sizes
+
+
 def greedy(
     base: Base,
     prompts: list[list[int]],
@@ -127,11 +148,33 @@ def greedy(
     limits: list[int],
     stop: set[int],
     progress: Callable[[int], None],
+    room: int = ROOM,
 ) -> list[list[int]]:
     """Greedy replies, each of at most its limit, the stop token included where it was reached.
 
     `progress` is told the number of tokens written, those saved by an early stop included.
+    Where the caches of all would take more than `room` bytes, as many as fit go at once.
     """
+    replies: list[list[int]] = []
+    for size in batches(prompts, limits, room // cell_bytes(base.shape, base.dtype)):
+        part = slice(len(replies), len(replies) + size)
+        done = sum(limits[: part.start])
+
+        def told(tokens: int, done: int = done) -> None:
+            progress(done + tokens)
+
+        replies += _greedy(base, prompts[part], prefix, limits[part], stop, told)
+    return replies
+
+
+def _greedy(
+    base: Base,
+    prompts: list[list[int]],
+    prefix: list[KeyValue],
+    limits: list[int],
+    stop: set[int],
+    progress: Callable[[int], None],
+) -> list[list[int]]:
     capacity = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
     cache = _Cache(base, len(prompts), capacity)
     limit = torch.tensor(limits)
@@ -160,7 +203,7 @@ def greedy(
         stream = base.embed(token)
         rotations = base.rotations(length + prefix_length)
         for index in range(base.shape.n_layer):
-            layer = base.layer(index)
+            layer = base.layer(index, passing=True)
             hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
             query, key, value = project_qkv(base, layer, hidden, rotations[index])
             cache.keys[index][batch, :, length] = key

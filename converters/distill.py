@@ -133,7 +133,12 @@ def _run(
     own = []
     if examples is not None:
         own = as_conversations(llm, model, *examples, prompts.prefixes.student)
-    opened = opened or open_for_compile(model, llm, steps)
+    opened = opened or open_for_compile(model, llm, steps, prompts)
+    if not opened.base.resident:
+        raise SuperegoError(
+            f"{model.path}: training keeps all weights in memory, and they do not fit what is "
+            "free; compile needs less"
+        )
     changes, slot = changes_of(start) if start is not None else ({}, None)
     student = Student(opened.base, changes, slot)
     if start is None:

@@ -11,7 +11,7 @@ import importlib.resources
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ import superego
 from superego.atomic import replacing
 from superego.base import BaseModel
 from superego.converters.closed_form import Prefixes
-from superego.converters.decode import greedy, prefill
+from superego.converters.decode import ROOM, batches, cell_bytes, greedy, prefill
 from superego.converters.streams import Conversation
 from superego.converters.transformer import Base
 from superego.dialogue import encode
@@ -64,6 +64,13 @@ def seeds(seed: int) -> list[str]:
 def reply_limits(n: int) -> list[int]:
     """The most tokens of each reply of a block of n."""
     return [SHORT_REPLY if i % 3 else LONG_REPLY for i in range(n)]
+
+
+def blocks_of(prompts: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The prompts in the blocks that they are answered in."""
+    ends = itertools.accumulate(BLOCKS)
+    found = [list(prompts[end - size : end]) for size, end in zip(BLOCKS, ends, strict=True)]
+    return [block for block in found if block]
 
 
 def prepare(llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[str]) -> Prompts:
@@ -113,10 +120,12 @@ def write_replies(
     n_blocks: int,
     use_cache: bool,
     progress: Callable[[int, int], None],
+    room: int = ROOM,
 ) -> tuple[list[Conversation], int]:
     """The first `n_blocks` blocks of prompts with the teacher's greedy replies.
 
     Returns the conversations in the order of the prompts and how many came from the cache.
+    `room` is what their keys and values may take at once, in bytes.
     """
     stop = stop_tokens(llm)
     conversations: list[Conversation] = []
@@ -130,7 +139,16 @@ def write_replies(
     total = sum(sum(reply_limits(len(b))) for b in blocks)
     prefix = None
     for block in blocks:
-        path = cache_folder() / f"{_key(base, base_fingerprint, prompts.prefixes, block)}.json"
+        limits = reply_limits(len(block))
+        order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
+        # how many are written at once decides which sums are rounded how
+        sizes = batches(
+            [block[i] for i in order],
+            [limits[i] for i in order],
+            room // cell_bytes(base.shape, base.dtype),
+        )
+        key = _key(base, base_fingerprint, prompts.prefixes, block, sizes)
+        path = cache_folder() / f"{key}.json"
         replies = _read(path, len(block), base.shape.n_vocab) if use_cache else None
         if replies is not None:
             cached += len(block)
@@ -142,10 +160,14 @@ def write_replies(
             def told(tokens: int, start: int = start) -> None:
                 progress(start + tokens, total)
 
-            limits = reply_limits(len(block))
-            order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
             written = greedy(
-                base, [block[i] for i in order], prefix, [limits[i] for i in order], stop, told
+                base,
+                [block[i] for i in order],
+                prefix,
+                [limits[i] for i in order],
+                stop,
+                told,
+                room,
             )
             replies = [r for _, r in sorted(zip(order, written, strict=True))]
             if use_cache:
@@ -156,8 +178,14 @@ def write_replies(
     return conversations, cached
 
 
-def _key(base: Base, fingerprint: str, prefixes: Prefixes, block: list[list[int]]) -> str:
-    parts = [
+def _key(
+    base: Base,
+    fingerprint: str,
+    prefixes: Prefixes,
+    block: list[list[int]],
+    sizes: list[int],
+) -> str:
+    parts: list[object] = [
         superego.__version__,
         torch.__version__,
         fingerprint,
@@ -166,6 +194,10 @@ def _key(base: Base, fingerprint: str, prefixes: Prefixes, block: list[list[int]
         prefixes.teacher,
         block,
     ]
+    if len(sizes) > 1:
+        parts.append(sizes)
+    if base.device.type != "cpu":
+        parts.append(base.device.type)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 

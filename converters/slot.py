@@ -67,7 +67,7 @@ class Probe:
         while self._front < len(student) and teacher[self._front] == student[self._front]:
             self._front += 1
         self._shift = torch.tensor([len(student) - len(teacher)])
-        self._generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(device="cpu").manual_seed(0)
 
     def cell(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer `index`'s key, rotated as the student's positions have it, and value.
@@ -80,7 +80,7 @@ class Probe:
         _, key, value = project_qkv(base, layer, hidden, streams.prefix_rotations[index])
         keys, values = key.float().transpose(0, 1), value.float().transpose(0, 1)
         query, outside = queries(
-            base, streams, index, keys, self._front, self._common, self._generator
+            base, streams, index, keys, self._front, self._common, self.generator
         )
         body = slice(self._front, keys.shape[1] - self._common)
         found = [
@@ -117,8 +117,8 @@ def find_slot(
         return None
     texts = [Conversation(prompt, [0]) for prompt in prompts[:_CONVERSATIONS]]
     streams = Streams(base, Pack(texts, student))
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(shape.n_vocab, _RANDOM, generator=generator).tolist()
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randint(shape.n_vocab, _RANDOM, generator=generator, device="cpu").tolist()
     text = Streams(base, Pack([Conversation(tokens, [0]) for tokens in drawn], student))
     found: tuple[int, int, torch.Tensor] | None = None
     inverse = torch.zeros(shape.d_model, shape.d_model)
@@ -150,8 +150,8 @@ def find_slot(
     direction = direction * direction[direction.abs().argmax()].sign()  # eigh leaves it open
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
     one = F.one_hot(torch.tensor(neuron), shape.d_ff).float()
-    gate, up = layer.gate_up.float()[neuron], layer.gate_up.float()[shape.d_ff + neuron]
-    down = written.float()[:, neuron]
+    gate, up = layer.gate_up[neuron].float(), layer.gate_up[shape.d_ff + neuron].float()
+    down = written[:, neuron].float()
     changes = {
         (index, "ffn_gate"): Change((_GATE * detector - gate)[None], one[:, None]),
         (index, "ffn_up"): Change((_UP * detector - up)[None], one[:, None]),

@@ -28,6 +28,7 @@ from superego.converters.transformer import (
 
 # The matrices that write to the residual stream, in the order of a layer's arithmetic.
 WRITES = ("attn_output", "ffn_down")
+_LOGITS = 1 << 26  # that lie in memory at once
 _STEPS = 6  # of Newton's method, for what is reachable behind a norm
 
 
@@ -241,14 +242,14 @@ def predictions(base: Base, pack: Pack, changes: Changes | None = None) -> torch
     return streams.rows[pack.predicts]
 
 
-def mean_kl(
-    base: Base, pack: Pack, teacher: torch.Tensor, student: torch.Tensor, chunk: int = 1024
-) -> float:
+def mean_kl(base: Base, pack: Pack, teacher: torch.Tensor, student: torch.Tensor) -> float:
     """KL(teacher‖student) in nats a token, full vocabulary: token mean a reply, then over replies.
 
     teacher, student: last streams at the rows that predict replies, (n, d_model) each.
     """
     total = 0.0
+    n_vocab = base.shape.n_vocab
+    chunk = 1024 if 1024 * n_vocab <= _LOGITS else _LOGITS // 4 // n_vocab  # several copies each
     for start in range(0, len(teacher), chunk):
         part = slice(start, start + chunk)
         log_p = base.logits(teacher[part]).float().log_softmax(-1)

@@ -7,18 +7,29 @@ weights out. Does not know about manifestos, references or adapters.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from gguf import dequantize
-from gguf.quants import quant_shape_to_byte_shape
 
 from superego.converters.shape import Shape, read_shape
-from superego.errors import SuperegoError
+from superego.converters.weights import Weights
 from superego.gguf_file import Header
+
+_MATRICES = (
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_output",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+)
+WHOLE_TABLE, TABLE_PART = 1 << 27, 1 << 26  # weights of an output matrix multiplied at once
+GATED = 1 << 27  # products of gate and up that lie in memory at once
+_NORMED = 1 << 20  # values normed at once, in a cache
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)
 
@@ -67,28 +78,50 @@ class Layer:
 
 
 class Base:
-    """A base model's GGUF, opened for reading layer by layer."""
+    """A base model's GGUF, opened for reading layer by layer.
+
+    What is kept in memory changes nothing of what is computed: neither its type nor its order.
+    """
 
     def __init__(self, header: Header, dtype: torch.dtype, resident: bool) -> None:
+        """`resident`: keep all that is read; else the last layer alone (see also `keep`)."""
         self.path = header.path
         self.dtype = dtype
-        self.resident = resident
-        self._tensors = header.tensors
-        files = [part.path for part in header.parts] or [header.path]
-        self._bytes: dict[Path, np.ndarray] = {p: np.memmap(p, np.uint8, mode="r") for p in files}
+        self.device = torch.get_default_device()  # see superego.converters.device
         self.shape = read_shape(header)
+        self.weights = Weights(header, dtype)
         self._layers: dict[int, Layer] = {}
-        self.embedding = self._matrix("token_embd.weight")  # (n_vocab, d_model)
-        tied = "output.weight" not in self._tensors
-        self.output = self.embedding if tied else self._matrix("output.weight")
+        self._passing: dict[str, torch.Tensor] = {}  # buffers of layers that are not kept
+        self._tables: dict[str, torch.Tensor] = {}
+        self._tied = "output.weight" not in self.weights
+        self.keep(self.shape.n_layer if resident else 0, tables=resident)
+        for name in ("token_embd.weight", "output.weight"):
+            if resident and name in self.weights:
+                self._table(name)
         self.output_bias = self._optional("output.bias")
         self.output_norm = self._vector("output_norm.weight")
         factors = next(
             # of the two sets of longrope, llama.cpp takes the short one up to the original context
-            (n for n in ("rope_freqs.weight", "rope_factors_short.weight") if n in self._tensors),
+            (n for n in ("rope_freqs.weight", "rope_factors_short.weight") if n in self.weights),
             None,
         )
         self._frequencies = self.shape.frequencies(self._vector(factors) if factors else None)
+
+    def keep(self, layers: int, tables: bool) -> None:
+        """Keep the first `layers` layers and the tables from when they are next read on.
+
+        What is kept beyond that is let go.
+        """
+        self._kept, self._kept_tables = layers, tables
+        self._layers = {i: layer for i, layer in self._layers.items() if i < layers}
+        self._passing.clear()
+        if not tables:
+            self._tables.clear()
+
+    @property
+    def resident(self) -> bool:
+        """Whether all weights are kept."""
+        return self._kept >= self.shape.n_layer and self._kept_tables
 
     @property
     def plain(self) -> bool:
@@ -99,80 +132,118 @@ class Base:
             shape.attention_cap
             or any(shape.windows)
             or shape.n_expert
-            or "blk.0.attn_q.weight" not in self._tensors
-            or "blk.0.ffn_gate.weight" not in self._tensors
+            or "blk.0.attn_q.weight" not in self.weights
+            or "blk.0.ffn_gate.weight" not in self.weights
         )
 
     @property
     def separate(self) -> bool:
         """Whether every matrix of a layer stands by itself: no experts, nothing fused."""
         names = ("blk.0.attn_q.weight", "blk.0.ffn_gate.weight")
-        return not self.shape.n_expert and all(name in self._tensors for name in names)
+        return not self.shape.n_expert and all(name in self.weights for name in names)
 
-    def _array(self, name: str) -> np.ndarray:
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise SuperegoError(f"{self.path}: tensor {name} is missing")
-        raw = self._bytes[tensor.path][tensor.offset : tensor.offset + tensor.n_bytes]
-        rows = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
-        found = dequantize(rows, tensor.type)
-        # torch takes only arrays that may be written to; what is float32 in the file may not
-        return np.require(found, requirements=["C", "W"])
+    @property
+    def embedding(self) -> torch.Tensor:
+        """(n_vocab, d_model), read now where it is not kept."""
+        return self._table("token_embd.weight")
 
-    def _matrix(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self._array(name)).to(self.dtype)
+    @property
+    def output(self) -> torch.Tensor:
+        """(n_vocab, d_model), read now where it is not kept."""
+        return self.embedding if self._tied else self._table("output.weight")
+
+    @output.setter
+    def output(self, table: torch.Tensor) -> None:
+        self._tied = False
+        self._tables["output.weight"] = table
+
+    def _table(self, name: str) -> torch.Tensor:
+        if name in self._tables:
+            return self._tables[name]
+        table = self._matrix(name)
+        if self._kept_tables:
+            self._tables[name] = table
+        return table
+
+    def _matrix(
+        self, name: str, out: torch.Tensor | None = None, rows: slice | None = None
+    ) -> torch.Tensor:
+        return self.weights.matrix(name, out, rows).to(self.device)
 
     def _vector(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self._array(name).astype(np.float32))
+        return self.weights.vector(name).to(self.device)
 
     def _optional(self, name: str) -> torch.Tensor | None:
-        return self._vector(name) if name in self._tensors else None
+        return self._vector(name) if name in self.weights else None
 
-    def _joined(
-        self, prefix: str, whole: str, parts: dict[str, int], kind: str
-    ) -> torch.Tensor | None:
-        """One matrix or vector of several, however the file stores it: `parts` gives its rows.
+    def _space(self, name: str, shape: tuple[int, ...], passing: bool) -> torch.Tensor:
+        """Memory for a matrix; a passing layer's is that of the one before it."""
+        found = self._passing.get(name) if passing else None
+        if found is None or found.shape != shape:
+            found = torch.empty(shape, dtype=self.dtype, device="cpu")
+            if passing:
+                self._passing[name] = found
+        return found
 
-        Those of attn_q and attn_k come in half layout. None where the file has none of them.
+    def _qkv(self, prefix: str, parts: dict[str, int], passing: bool) -> torch.Tensor:
+        """Q, K and V rows in one matrix, however the file stores them: `parts` gives its rows.
+
+        Those of attn_q and attn_k come in half layout.
         """
-        if f"{prefix}{whole}.{kind}" in self._tensors:
-            rows = torch.from_numpy(self._array(f"{prefix}{whole}.{kind}"))
-            found = list(rows.split(list(parts.values())))
-        elif any(f"{prefix}{name}.{kind}" in self._tensors for name in parts):
-            found = [torch.from_numpy(self._array(f"{prefix}{name}.{kind}")) for name in parts]
+        shape = self.shape
+        found = self._space("qkv", (sum(parts.values()), shape.d_model), passing)
+        pieces = found.split(list(parts.values()))
+        if f"{prefix}attn_qkv.weight" in self.weights:
+            self.weights.matrix(f"{prefix}attn_qkv.weight", found)
+        else:
+            for name, rows in zip(parts, pieces, strict=True):
+                self.weights.matrix(f"{prefix}{name}.weight", rows)
+        if shape.rope_pairs:
+            # llama.cpp rotates adjacent pairs for this architecture; the half layout is
+            # the same rotation after one fixed permutation of rows, and Q·K is unchanged.
+            for rows in pieces[:2]:
+                rows.copy_(pairs_to_halves(rows, shape.head_dim))
+        return found.to(self.device)
+
+    def _bias(self, prefix: str, whole: str, parts: dict[str, int]) -> torch.Tensor | None:
+        """One vector of several, as `_qkv`. None where the file has none of them."""
+        if f"{prefix}{whole}.bias" in self.weights:
+            found = list(self._vector(f"{prefix}{whole}.bias").split(list(parts.values())))
+        elif any(f"{prefix}{name}.bias" in self.weights for name in parts):
+            found = [self._vector(f"{prefix}{name}.bias") for name in parts]
         else:
             return None
         if self.shape.rope_pairs:
-            # llama.cpp rotates adjacent pairs for this architecture; the half layout is
-            # the same rotation after one fixed permutation of rows, and Q·K is unchanged.
             found = [
-                pairs_to_halves(rows.view(len(rows), -1), self.shape.head_dim).view_as(rows)
+                pairs_to_halves(rows[:, None], self.shape.head_dim)[:, 0]
                 if name in ("attn_q", "attn_k")
                 else rows
                 for name, rows in zip(parts, found, strict=True)
             ]
         return torch.cat(found).to(self.dtype)
 
-    def layer(self, index: int) -> Layer:
-        """Layer `index`'s weights, dequantized now unless they are kept resident."""
+    def layer(self, index: int, passing: bool = False) -> Layer:
+        """Layer `index`'s weights, dequantized now unless they are kept.
+
+        A `passing` layer that is not kept is good until the next one is read: its memory is
+        used again.
+        """
         if index in self._layers:
             return self._layers[index]
-        prefix = f"blk.{index}."
-        shape = self.shape
+        shape, prefix = self.shape, f"blk.{index}."
+        kept = index < self._kept
+        passing = passing and not kept
         heads = {"attn_q": shape.n_head, "attn_k": shape.n_head_kv, "attn_v": shape.n_head_kv}
         widths = {name: n * shape.head_dim for name, n in heads.items()}
-        qkv = self._joined(prefix, "attn_qkv", widths, "weight")
-        if qkv is None:
-            raise SuperegoError(f"{self.path}: tensor {prefix}attn_q.weight is missing")
         both = {"ffn_gate": shape.d_ff, "ffn_up": shape.d_ff}
         layer = Layer(
             index=index,
             attn_norm=self._vector(prefix + "attn_norm.weight"),
-            qkv=qkv,
-            qkv_bias=self._joined(prefix, "attn_qkv", widths, "bias"),
+            qkv=self._qkv(prefix, widths, passing),
+            qkv_bias=self._bias(prefix, "attn_qkv", widths),
             q_norm=self._optional(prefix + "attn_q_norm.weight"),
             k_norm=self._optional(prefix + "attn_k_norm.weight"),
-            attn_output=self._write(prefix, "attn_output", "post_attention_norm"),
+            attn_output=self._write(prefix, "attn_output", "post_attention_norm", passing),
             ffn_norm=self._vector(prefix + "ffn_norm.weight"),
             gate_up=torch.empty(0),
             gate_up_bias=None,
@@ -185,23 +256,30 @@ class Base:
             )
             layer.down_experts = self._matrix(prefix + "ffn_down_exps.weight")
         else:
-            fused = prefix + "ffn_gate.weight" not in self._tensors  # gate rows, then up rows
-            layer.gate_up = (
-                self._matrix(prefix + "ffn_up.weight")
-                if fused
-                else torch.cat([self._matrix(f"{prefix}{name}.weight") for name in both])
-            )
-            layer.gate_up_bias = self._joined(prefix, "ffn_gate_up", both, "bias")
-            layer.ffn_down = self._write(prefix, "ffn_down", "post_ffw_norm")
-        if not self.resident:
-            self._layers.clear()  # the last one read stays: it is asked for again and again
-        self._layers[index] = layer
+            layer.gate_up = self._space("gate_up", (2 * shape.d_ff, shape.d_model), passing)
+            if prefix + "ffn_gate.weight" in self.weights:
+                for name, rows in zip(both, layer.gate_up.split(shape.d_ff), strict=True):
+                    self.weights.matrix(f"{prefix}{name}.weight", rows)
+            else:  # fused: gate rows, then up rows
+                self.weights.matrix(prefix + "ffn_up.weight", layer.gate_up)
+            layer.gate_up = layer.gate_up.to(self.device)
+            layer.gate_up_bias = self._bias(prefix, "ffn_gate_up", both)
+            layer.ffn_down = self._write(prefix, "ffn_down", "post_ffw_norm", passing)
+        if not passing:
+            for other in [i for i in self._layers if i >= self._kept]:
+                del self._layers[other]  # the last one read stays: it is asked for again and again
+            self._layers[index] = layer
+        following = (index + 1) % shape.n_layer
+        if following not in self._layers:
+            start = f"blk.{following}."
+            self.weights.announce(start + name + ".weight" for name in _MATRICES)
         return layer
 
-    def _write(self, prefix: str, name: str, norm: str) -> Write:
+    def _write(self, prefix: str, name: str, norm: str, passing: bool) -> Write:
+        shape = self.weights.info(f"{prefix}{name}.weight").shape
         bias = self._optional(f"{prefix}{name}.bias")
         return Write(
-            weight=self._matrix(f"{prefix}{name}.weight"),
+            weight=self._matrix(f"{prefix}{name}.weight", self._space(name, shape, passing)),
             bias=None if bias is None else bias.to(self.dtype),
             norm=self._optional(f"{prefix}{norm}.weight"),
             eps=self.shape.rms_eps,
@@ -210,7 +288,11 @@ class Base:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) tokens -> (n, d_model) float32, the stream before the first layer."""
-        stream = self.embedding[tokens].float()
+        name = "token_embd.weight"
+        if self._kept_tables or name in self._tables:
+            stream = self.embedding[tokens].float()
+        else:
+            stream = self.weights.gathered(name, tokens.tolist()).to(self.device).float()
         scale = self.shape.embedding_scale
         return stream if scale == 1 else stream.mul_(scale)
 
@@ -230,10 +312,25 @@ class Base:
         made = {rope: self.rotation(positions, ropes.index(rope)) for rope in set(ropes)}
         return [made[rope] for rope in ropes]
 
+    def _output_parts(self) -> Iterator[torch.Tensor]:
+        """The output matrix, a large one in runs of rows, the same ones whether it is kept."""
+        n_vocab, width = self.shape.n_vocab, self.shape.d_model
+        step = n_vocab if n_vocab * width <= WHOLE_TABLE else TABLE_PART // width
+        name = "token_embd.weight" if self._tied else "output.weight"
+        kept = self.output if self._kept_tables or name in self._tables else None
+        for start in range(0, n_vocab, step):
+            rows = slice(start, min(start + step, n_vocab))
+            if kept is not None:
+                yield kept[rows]
+            else:
+                shape = (rows.stop - start, width)
+                yield self._matrix(name, self._space(f"output {shape}", shape, True), rows)
+
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """(n, d_model) residual stream -> (n, n_vocab) logits in the compute type."""
         hidden = rms_norm(stream, self.output_norm, self.shape.rms_eps, self.dtype)
-        logits = F.linear(hidden, self.output)
+        parts = [F.linear(hidden, rows) for rows in self._output_parts()]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.output_bias is not None:
             logits = logits + self.output_bias
         if self.shape.logit_scale != 1:
@@ -279,6 +376,18 @@ def rms_norm(
     stream: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """Root-mean-square norm of the last axis, computed in float32, returned as `dtype`."""
+    step = max(1, _NORMED * len(stream) // max(1, stream.numel()))
+    if len(stream) <= step:
+        return _rms_norm(stream, weight, eps, dtype)
+    out = torch.empty(stream.shape, dtype=dtype)
+    for start in range(0, len(stream), step):
+        out[start : start + step] = _rms_norm(stream[start : start + step], weight, eps, dtype)
+    return out
+
+
+def _rms_norm(
+    stream: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
     # written out: three times as fast on CPU as F.rms_norm
     scale = torch.rsqrt(stream.square().mean(-1, keepdim=True) + eps)
     return (stream * scale * weight).to(dtype)
@@ -404,10 +513,22 @@ def feed_forward(base: Base, layer: Layer, stream: torch.Tensor) -> torch.Tensor
 
     Of a layer with experts their weighted outputs, (n, d_model).
     """
-    hidden = rms_norm(stream, layer.ffn_norm, base.shape.rms_eps, base.dtype)
+    eps = base.shape.rms_eps
     if layer.router is not None and layer.down_experts is not None:
+        hidden = rms_norm(stream, layer.ffn_norm, eps, base.dtype)
         return _experts(base, layer, hidden, layer.router, layer.down_experts)
-    return gated(base, F.linear(hidden, layer.gate_up, layer.gate_up_bias))
+
+    def inner(rows: torch.Tensor) -> torch.Tensor:
+        hidden = rms_norm(rows, layer.ffn_norm, eps, base.dtype)
+        return gated(base, F.linear(hidden, layer.gate_up, layer.gate_up_bias))
+
+    step = max(1, GATED // len(layer.gate_up))
+    if len(stream) <= step:
+        return inner(stream)
+    out = torch.empty(len(stream), base.shape.d_ff, dtype=base.dtype)
+    for start in range(0, len(stream), step):
+        out[start : start + step] = inner(stream[start : start + step])
+    return out
 
 
 def gated(base: Base, gate_up: torch.Tensor) -> torch.Tensor:

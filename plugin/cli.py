@@ -92,6 +92,19 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @threads_option
 @json_option
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="The most memory to use; most of what is free by default.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "mps", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where torch computes; auto: cuda, then mps, then cpu (only cpu has been run).",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would cost.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write cached references.")
 def compile(
@@ -103,6 +116,8 @@ def compile(
     seed: int,
     threads: int | None,
     as_json: bool,
+    memory: float | None,
+    device: str,
     dry_run: bool,
     no_cache: bool,
 ) -> None:
@@ -112,12 +127,20 @@ def compile(
     compiler = converter("compile")
     settings = compiler.Settings.for_effort(effort, rank=rank, seed=seed)
     if dry_run:
-        plan = compiler.plan(text, model, settings, threads)
+        plan = compiler.plan(text, model, settings, threads, memory)
         click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
     with Steps() as steps:
         result = compiler.compile_manifesto(
-            text, model, output, settings, threads=threads, use_cache=not no_cache, steps=steps
+            text,
+            model,
+            output,
+            settings,
+            threads=threads,
+            use_cache=not no_cache,
+            steps=steps,
+            memory=memory,
+            device=device,
         )
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -122,8 +122,8 @@ def weights(base: Base, name: str) -> dict[str, torch.Tensor]:
     if name == "phi3":
         names["ffn_up"] = "mlp.gate_up_proj"
     found = {}
-    for tensor in base._tensors:
-        values = torch.from_numpy(base._array(tensor).astype(np.float32))
+    for tensor in base.weights:
+        values = base.weights.vector(tensor)
         if gemma and "norm" in tensor:
             values = values - 1  # converters store the whole factor
         if tensor == "token_embd.weight":
@@ -154,7 +154,8 @@ def checkpoint(name: str, base: Base) -> Any:
     family = {"Gemma3": "Gemma3Text"}.get(family, family)
     if name == "phi3":  # magnitude as the file has it
         factors = {
-            kind: base._array(f"rope_factors_{kind}.weight").tolist() for kind in ("long", "short")
+            kind: base.weights.vector(f"rope_factors_{kind}.weight").tolist()
+            for kind in ("long", "short")
         }
         own = {
             **own,
@@ -185,7 +186,7 @@ def checkpoint(name: str, base: Base) -> Any:
         assert not unexpected
         assert not missing
         if name == "llama":
-            theirs.model.rotary_emb.inv_freq /= torch.from_numpy(base._array("rope_freqs.weight"))
+            theirs.model.rotary_emb.inv_freq /= base.weights.vector("rope_freqs.weight")
     return theirs
 
 

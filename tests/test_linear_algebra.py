@@ -1,0 +1,44 @@
+"""Blocked factors and solves, and eigenvectors by iteration, against LAPACK's."""
+
+from __future__ import annotations
+
+import torch
+
+from superego.converters import closed_form
+from superego.converters.closed_form import fit
+from superego.converters.linear_algebra import factor_, leading, solve
+
+
+def test_a_blocked_solve_reads_the_upper_half_alone_and_solves() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(900, 700, generator=generator)  # 700: no multiple of the block
+    gram = rows.T @ rows
+    right = torch.randn(700, 5, generator=generator)
+    upper = factor_(gram.triu())
+    assert torch.allclose(gram @ solve(upper, right), right, atol=1e-3)
+
+
+def test_leading_vectors_hold_what_the_exact_ones_hold() -> None:
+    generator = torch.Generator().manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(400, 400, generator=generator)).Q
+    values = torch.logspace(0, -3, 400)
+    matrix = basis @ torch.diag(values) @ basis.T
+    found = leading(lambda x: matrix @ x, 400, 40)
+    assert torch.allclose(found.T @ found, torch.eye(40), atol=1e-4)
+    assert float((found.T @ matrix @ found).trace() / values[:40].sum()) > 0.995
+
+
+def test_a_large_fit_explains_as_much_as_the_exact_one() -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(2000, 600, generator=generator) @ torch.diag(torch.logspace(0, -2, 600))
+    turn = torch.randn(600, 300, generator=generator) @ torch.diag(torch.logspace(0, -2, 300))
+    wanted = inputs @ turn + 0.1 * torch.randn(2000, 300, generator=generator)
+    left = []
+    for large in (1, 10_000):
+        closed_form.LARGE, before = large, closed_form.LARGE
+        try:
+            change = fit(inputs, wanted, 32, 0.3)
+        finally:
+            closed_form.LARGE = before
+        left.append(float((wanted - inputs @ change.a.T @ change.b.T).norm()))
+    assert abs(left[0] / left[1] - 1) < 0.002
