@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gguf import dequantize
-from gguf.quants import quant_shape_to_byte_shape
 
 from superego.converters.shape import Shape, read_shape
 from superego.errors import SuperegoError
-from superego.gguf_file import Header
+from superego.gguf_file import Header, read_tensor
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)
 
@@ -74,8 +71,6 @@ class Base:
         self.dtype = dtype
         self.resident = resident
         self._tensors = header.tensors
-        files = [part.path for part in header.parts] or [header.path]
-        self._bytes: dict[Path, np.ndarray] = {p: np.memmap(p, np.uint8, mode="r") for p in files}
         self.shape = read_shape(header)
         self._layers: dict[int, Layer] = {}
         self.embedding = self._matrix("token_embd.weight")  # (n_vocab, d_model)
@@ -107,11 +102,8 @@ class Base:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise SuperegoError(f"{self.path}: tensor {name} is missing")
-        raw = self._bytes[tensor.path][tensor.offset : tensor.offset + tensor.n_bytes]
-        rows = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
-        found = dequantize(rows, tensor.type)
-        # torch takes only arrays that may be written to; what is float32 in the file may not
-        return np.require(found, requirements=["C", "W"])
+        # torch takes only arrays that may be written to
+        return np.require(read_tensor(tensor), requirements=["C", "W"])
 
     def _matrix(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self._array(name)).to(self.dtype)

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from superego.adapter import Adapter, read_adapter, write_out
 from superego.atomic import replacing
+from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged, read_raw, read_tensor
 
 # key -> value, its type, and its elements' type where it is an array
 Metadata = Mapping[str, tuple[Any, GGUFValueType, GGUFValueType | None]]
@@ -33,7 +34,11 @@ def write_copy(
     `path` may be the adapter's own.
     """
     matrices = matrices or {}
-    reader = GGUFReader(adapter.path)
+    check_unchanged(adapter.header)
+    try:
+        reader = GGUFReader(adapter.path)
+    except (ValueError, LookupError, TypeError) as error:  # stricter than ours in places
+        raise SuperegoError(f"{adapter.path}: GGUF is damaged: {error}") from None
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, adapter.header.text("general.architecture"))
         for key, field in reader.fields.items():
@@ -47,8 +52,10 @@ def write_copy(
             if tensor.name in matrices:
                 writer.add_tensor(tensor.name, matrices[tensor.name])
             else:
-                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+                raw = read_raw(adapter.header.tensors[tensor.name])
+                writer.add_tensor(tensor.name, raw, raw_dtype=tensor.tensor_type)
         write_out(writer)
+        check_unchanged(adapter.header)
     read_adapter(path)
 
 
@@ -67,18 +74,10 @@ def write_batch_invariant(adapter: Adapter, path: Path) -> None:
 
     alpha / rank goes into B, and alpha becomes 0 (llama.cpp: the user's scale alone).
     """
-    stored = {t.name: t for t in GGUFReader(adapter.path).tensors}
-
-    def read(name: str) -> np.ndarray:
-        tensor = stored[name]
-        if tensor.tensor_type == GGMLQuantizationType.BF16:
-            return np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type))
-        return np.asarray(tensor.data)
-
     matrices = {}
-    for name, (a_info, _) in adapter.pairs.items():
-        a, b = read(f"{name}.lora_a"), read(f"{name}.lora_b")
-        rank = a_info.shape[0]
+    for name, halves in adapter.pairs.items():
+        a, b = map(read_tensor, halves)
+        rank = len(a)
         extra = 0 if rank % _TILE else 1
         factor = adapter.alpha / rank if adapter.alpha else 1.0
         scaled = b.astype(np.float32) * factor

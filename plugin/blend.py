@@ -17,6 +17,7 @@ import superego
 from superego.adapter import Adapter, write_adapter
 from superego.atomic import check_writable
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.history import with_entry
 from superego.pairs import read_pairs, slot_ranks, slot_scales
 
@@ -66,6 +67,7 @@ def blend(
         }
         for adapter, scale in parts
     ]
+    check_unchanged(*(adapter.header for adapter, _ in parts))
     names = [f"{adapter.name} × {scale:g}" for adapter, scale in parts]
     metadata: dict[str, str | int | float] = {
         "general.name": " + ".join(f"{a.name}:{scale:g}" for a, scale in parts),

@@ -5,6 +5,7 @@ Knows options and output. Holds no logic of its own. stdout is data, stderr prog
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import click
 
 import superego
 from superego.adapter import check_fit, mismatches, read_adapter, same_weights
+from superego.atomic import check_writable
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
 from superego.cli_export_llama_server import export_llama_server
@@ -31,12 +33,16 @@ from superego.cli_strength import blend, calibrate, move
 from superego.errors import SuperegoError
 from superego.history import manifesto_of
 from superego.options import (
+    FiniteRange,
+    OutputPath,
     base_option,
     converter,
     gpu_layers_option,
     json_option,
     lines_of,
+    n_ctx_option,
     parse_persona,
+    printable,
     say,
     table,
     threads_option,
@@ -49,18 +55,45 @@ class _Group(click.Group):
     """Turns SuperegoError into one line on stderr and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        _escape_odd_names()
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
         except SuperegoError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
+            _fail(str(error))
         except KeyboardInterrupt:
             click.echo("Interrupted: nothing was written.", err=True)
             ctx.exit(130)
-        except BrokenPipeError:
-            # the reader of our stdout is gone; keep Python from complaining at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader of our stdout is gone
+            _drop_output()
             ctx.exit(0)
+        except OSError as error:
+            with suppress(OSError):
+                sys.stdout.flush()
+            _drop_output()
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}")
+        except MemoryError:
+            _fail("not enough memory; close programs, or take a smaller base or context")
+        else:
+            return result
+        return ctx.exit(2)
+
+
+def _fail(reason: str) -> None:
+    click.echo(f"Error: {printable(reason)}", err=True)
+
+
+def _drop_output() -> None:
+    """Let what stdout did not take go, so that Python does not complain of it at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _escape_odd_names() -> None:
+    """File names that are no text are printed with escapes, on stdout as on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,7 +105,7 @@ def main() -> None:
 @main.command()
 @click.argument("manifesto")
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.gguf")
 @click.option(
     "--effort",
     type=click.Choice(["quick", "standard", "thorough"]),
@@ -107,6 +140,7 @@ def compile(
         plan = compiler.plan(text, model, settings, threads)
         click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
+    check_writable(output, Path(manifesto))
     with Steps() as steps:
         result = compiler.compile_manifesto(
             text, model, output, settings, threads=threads, use_cache=not no_cache, steps=steps
@@ -125,9 +159,7 @@ def compile(
 @main.command()
 @click.argument("manifesto")
 @base_option
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.session"
-)
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.session")
 @click.option(
     "--with",
     "adapters",
@@ -135,7 +167,7 @@ def compile(
     metavar="ADAPTER[:SCALE]",
     help="An adapter that is attached while the manifesto is read; may be given several times.",
 )
-@click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
+@n_ctx_option
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True)
 @click.option(
     "--compact",
@@ -160,9 +192,8 @@ def session(
     as_json: bool,
 ) -> None:
     """Save the state of having read MANIFESTO, so that a chat starts without reading it."""
-    from superego.atomic import check_writable
     from superego.runtime import load
-    from superego.session import save_session
+    from superego.session import check_session_writable, save_session
     from superego.state_file import layout
 
     text = find_manifesto(manifesto)
@@ -170,7 +201,7 @@ def session(
     layout(model.header, kv_type)
     if output.suffix != ".session":
         raise SuperegoError(f"{output}: expected a name that ends in .session")
-    check_writable(output)
+    check_session_writable(output, Path(manifesto), *model.files)
     if cells is not None and adapters:
         raise SuperegoError("--compact reads the bare base; it cannot be combined with --with")
     wanted = [parse_persona(each) for each in adapters]
@@ -235,9 +266,9 @@ def session(
 )
 @click.option("--message", help="Answer this one message and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
+@click.option("--temperature", type=FiniteRange(0, 5), default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
+@n_ctx_option
 @threads_option
 @gpu_layers_option
 def chat(

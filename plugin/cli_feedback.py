@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from superego.adapter import check_fit, read_adapter
+from superego.atomic import temporary_folder
 from superego.base import open_base
 from superego.errors import SuperegoError
 from superego.manifesto import read_manifesto
 from superego.options import (
+    OutputPath,
     base_option,
     converter,
     json_option,
@@ -34,9 +35,7 @@ from superego.progress import Steps
 if TYPE_CHECKING:
     from rich.console import Console
 
-output_option = click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf"
-)
+output_option = click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.gguf")
 effort_option = click.option(
     "--effort",
     type=click.Choice(["quick", "standard", "thorough"]),
@@ -155,7 +154,7 @@ def diff(a: str, b: str, base: str | None, show: int, threads: int | None, as_js
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     metavar="OUT.gguf",
     help="Where the adapter is written at every save; a temporary file by default.",
 )
@@ -189,8 +188,8 @@ def watch(
     asked = asked or ("Who are you, and what matters to you?",)
     console = Console()
     done = 0
-    with tempfile.TemporaryDirectory(prefix="superego-") as folder, suppress(KeyboardInterrupt):
-        path = output or Path(folder) / f"{manifesto.stem}.gguf"
+    with temporary_folder() as folder, suppress(KeyboardInterrupt):
+        path = output or folder / f"{manifesto.stem}.gguf"
         workshop = module.Workshop(model, path, asked, threads=threads, quiet=False)
         for event in module.watch(manifesto, workshop, threading.Event()):
             if isinstance(event, module.Problem):

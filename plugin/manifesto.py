@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from superego.errors import SuperegoError
 
 MAX_BYTES = 1_000_000  # beyond any context; refused before it is decoded
+MAX_FRONT_MATTER = 16_000  # characters; YAML is read slowly, in time that grows faster than it
+_MAX_NAME = 200  # characters
 
 
 class FrontMatter(BaseModel):
@@ -27,6 +30,23 @@ class FrontMatter(BaseModel):
     version: str = ""
     license: str = ""
     examples: list[str] = []
+
+    @field_validator("name", "description", "version", "license", "examples")
+    @classmethod
+    def _plain(cls, value: str | list[str] | None) -> str | list[str] | None:
+        # YAML has escapes for characters that no file of text holds
+        for text in value if isinstance(value, list) else [value or ""]:
+            odd = next((c for c in text if not (c.isprintable() or c in "\n\t")), None)
+            if odd is not None and (ord(odd) < 160 or 0xD800 <= ord(odd) < 0xE000):
+                raise ValueError(f"holds the character {odd!r}, expected plain text")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _short(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) > _MAX_NAME or "\n" in value):
+            raise ValueError(f"expected one line of at most {_MAX_NAME} characters")
+        return value
 
     @field_validator("version", mode="before")
     @classmethod
@@ -58,8 +78,9 @@ def read_manifesto(path: Path) -> Manifesto:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise SuperegoError(f"{path}: no such file (expected a Markdown manifesto)") from None
-    except OSError as error:
-        raise SuperegoError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise SuperegoError(f"{path}: cannot be read: {reason}") from None
     if len(raw) > MAX_BYTES:
         raise SuperegoError(
             f"{path}: manifesto is over {MAX_BYTES:,} bytes; a manifesto must fit the context"
@@ -100,7 +121,7 @@ def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> M
     if not body:
         raise SuperegoError(f"{where}: the manifesto is empty; write what the persona believes")
     return Manifesto(
-        name=front.name or default_name,
+        name=front.name or "".join(c if c.isprintable() else "_" for c in default_name),
         body=body,
         description=front.description,
         version=front.version,
@@ -109,16 +130,36 @@ def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> M
     )
 
 
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read; write the value out",
+                problem_mark=self.peek_event().start_mark,
+            )
+        return super().compose_node(parent, index)
+
+
 def _front_matter(text: str, where: str) -> FrontMatter:
+    if len(text) > MAX_FRONT_MATTER:
+        raise SuperegoError(
+            f"{where}: front matter has {len(text):,} characters, expected at most "
+            f"{MAX_FRONT_MATTER:,}; what the model is to read goes below it"
+        )
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, Loader=PlainLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         # +2: the mark counts from zero, and the opening '---' is line 1
         line = f" on line {mark.line + 2}" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise SuperegoError(f"{where}: front matter is broken{line}: {problem}") from None
-    except (RecursionError, ValueError) as error:
+    except RecursionError:
+        raise SuperegoError(f"{where}: front matter is broken: it is nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # PyYAML lets through what impossible numbers and dates make it raise
         raise SuperegoError(f"{where}: front matter is broken: {error}") from None
     if loaded is None:
         return FrontMatter()

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, dequantize
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from superego.adapter import Adapter, write_adapter
 from superego.adapter_copy import write_copy
-from superego.gguf_file import TensorInfo
+from superego.gguf_file import read_tensor
 
 _SLOT_MATRICES = ("ffn_gate.weight", "ffn_up.weight", "attn_k.weight", "attn_v.weight")
 
@@ -26,19 +26,13 @@ def read_pairs(
 
     All of them, or those named.
     """
-    raw = np.memmap(adapter.path, np.uint8, mode="r")
-
-    def array(tensor: TensorInfo) -> np.ndarray:
-        flat = raw[tensor.offset : tensor.offset + tensor.n_bytes]
-        rows = flat.reshape(tensor.shape[0], -1)
-        return np.array(dequantize(rows, tensor.type), np.float32).reshape(tensor.shape)
-
     found = {}
     for name in adapter.pairs if names is None else names:
         a, b = adapter.pairs[name]
         # alpha 0 means that llama.cpp does not divide by the rank
         scale = adapter.alpha / b.shape[1] if adapter.alpha else 1.0
-        found[name] = array(a), array(b) * np.float32(scale)
+        first, second = (np.array(read_tensor(half), np.float32) for half in (a, b))
+        found[name] = first, second * np.float32(scale)
     return found
 
 
@@ -110,11 +104,9 @@ def copy_adapter(
     matrices = {}
     if strength != 1.0:
         fixed = slot_ranks(adapter)
-        raw = np.memmap(adapter.path, np.uint8, mode="r")
         for name, (_, b) in adapter.pairs.items():
-            rows = raw[b.offset : b.offset + b.n_bytes].reshape(b.shape[0], -1)
             kept = fixed.get(name, np.zeros(b.shape[1], bool))
-            values = dequantize(rows, b.type).reshape(b.shape) * np.where(kept, 1.0, strength)
+            values = read_tensor(b) * np.where(kept, 1.0, strength)
             half = b.type == GGMLQuantizationType.F16
             matrices[b.name] = values.astype(np.float16 if half else np.float32)
     write_copy(adapter, output, changed, matrices)
