@@ -141,8 +141,19 @@ class Base:
 
     def layer(self, index: int) -> Layer:
         """Layer `index`'s weights, dequantized now unless they are kept resident."""
-        if index in self._layers:
-            return self._layers[index]
+        if index not in self._layers:
+            try:
+                layer = self._read_layer(index)
+            except RuntimeError as error:  # matrices whose shapes do not fit together
+                raise SuperegoError(
+                    f"{self.path}: the tensors of layer {index} do not fit its metadata: {error}"
+                ) from None
+            if not self.resident:
+                self._layers.clear()  # the last one read stays: it is asked for again and again
+            self._layers[index] = layer
+        return self._layers[index]
+
+    def _read_layer(self, index: int) -> Layer:
         prefix = f"blk.{index}."
         shape = self.shape
         heads = {"attn_q": shape.n_head, "attn_k": shape.n_head_kv, "attn_v": shape.n_head_kv}
@@ -179,9 +190,6 @@ class Base:
             )
             layer.gate_up_bias = self._joined(prefix, "ffn_gate_up", both, "bias")
             layer.ffn_down = self._write(prefix, "ffn_down", "post_ffw_norm")
-        if not self.resident:
-            self._layers.clear()  # the last one read stays: it is asked for again and again
-        self._layers[index] = layer
         return layer
 
     def _write(self, prefix: str, name: str, norm: str) -> Write:

@@ -5,12 +5,13 @@ Knows GGUF files and how llama.cpp multiplies a LoRA's matrices. Does not know w
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 
 from superego.adapter import Adapter, read_adapter, write_out
 from superego.atomic import replacing
@@ -45,7 +46,7 @@ def write_copy(
             if key.startswith("GGUF.") or key == "general.architecture" or key in changed:
                 continue
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
+            writer.add_key_value(key, _contents(adapter, key, field), field.types[0], inner)
         for key, (value, kind, inner) in changed.items():
             writer.add_key_value(key, value, kind, inner)
         for tensor in reader.tensors:
@@ -54,9 +55,19 @@ def write_copy(
             else:
                 raw = read_raw(adapter.header.tensors[tensor.name])
                 writer.add_tensor(tensor.name, raw, raw_dtype=tensor.tensor_type)
-        write_out(writer)
+        try:
+            write_out(writer)
+        except (ValueError, struct.error) as error:  # metadata that gguf reads but cannot write
+            raise SuperegoError(f"{adapter.path}: its metadata is damaged: {error}") from None
         check_unchanged(adapter.header)
     read_adapter(path)
+
+
+def _contents(adapter: Adapter, key: str, field: ReaderField) -> Any:
+    try:
+        return field.contents()
+    except (ValueError, LookupError, TypeError) as error:
+        raise SuperegoError(f"{adapter.path}: metadata key '{key}' is damaged: {error}") from None
 
 
 def is_batch_invariant(adapter: Adapter) -> bool:

@@ -30,7 +30,7 @@ from superego.cli_report import report
 from superego.cli_serve import serve
 from superego.cli_sources import tag
 from superego.cli_strength import blend, calibrate, move
-from superego.errors import SuperegoError
+from superego.errors import SuperegoError, printable
 from superego.history import manifesto_of
 from superego.options import (
     FiniteRange,
@@ -42,7 +42,6 @@ from superego.options import (
     lines_of,
     n_ctx_option,
     parse_persona,
-    printable,
     say,
     table,
     threads_option,
@@ -447,8 +446,8 @@ def inspect(file: Path, base: str | None, as_json: bool) -> None:
         click.echo(json.dumps(info, indent=2))
         return
     metadata = info.pop("metadata")
-    if "superego.references" in metadata:
-        metadata["superego.references"] = f"{len(metadata['superego.references']):,} characters"
+    if isinstance(held := metadata.get("superego.references"), str):
+        metadata["superego.references"] = f"{len(held):,} characters"
     click.echo(table(info))
     click.echo(table(metadata))
 

@@ -17,7 +17,7 @@ import click
 from superego.adapter import Adapter, read_adapter, same_weights, split_scale
 from superego.base import BaseModel
 from superego.claims import claimed
-from superego.errors import SuperegoError
+from superego.errors import SuperegoError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_THREADS = 512  # llama.cpp ends the process on more
@@ -127,21 +127,6 @@ def say(pieces: Iterator[str]) -> None:
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
-
-
-def printable(text: str, kept: str = "") -> str:
-    """Text whose control characters, and bytes of names that are no text, are written out.
-
-    They would break a line in two or steer the terminal.
-    """
-    return "".join(c if c.isprintable() or c in kept else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte that is no UTF-8
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
 
 
 def table(values: dict[str, Any]) -> str:

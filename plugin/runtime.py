@@ -15,6 +15,7 @@ import psutil
 
 from superego.base import BaseModel
 from superego.errors import SuperegoError
+from superego.loadable import check_loadable
 from superego.state_file import KV_TYPES, layout
 from superego.template import check_templates
 
@@ -58,6 +59,7 @@ def load(
     import llama_cpp
 
     silence()
+    check_loadable(base.header)
     _check_context(base, n_ctx, kv_type)
     check_templates(base.header)  # which llama-cpp-python compiles, without limits
     try:
