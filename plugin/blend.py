@@ -76,7 +76,8 @@ def blend(
         "superego.blend": json.dumps(described, ensure_ascii=False),
         "superego.history": with_entry(None, "blend", by, of=" and ".join(names)),
     }
-    made_from = next((f for a, _ in parts if (f := a.own.get("base.fingerprint"))), None)
+    prints = [a.own.get("base.fingerprint") for a, _ in parts]
+    made_from = next((f for f in prints if f and isinstance(f, str)), None)
     if made_from is not None:
         metadata["superego.base.fingerprint"] = made_from
     error = (lost / whole) ** 0.5 if whole else 0.0

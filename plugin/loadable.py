@@ -30,6 +30,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "expert_count": (0, _MOST_EXPERTS, False),
     "expert_used_count": (0, _MOST_EXPERTS, False),
 }
+_SCALINGS = ("none", "linear", "yarn", "longrope")
 _LISTS: dict[str, Any] = {"tokens": str, "merges": str, "scores": (int, float), "token_type": int}
 
 
@@ -56,6 +57,9 @@ def check_loadable(header: Header) -> None:
         ):
             raise refuse(name, value, f"{'numbers' if whole else 'a number'} {least} to {most}")
         numbers[key] = found
+    scaling = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling not in _SCALINGS:
+        raise refuse(f"{architecture}.rope.scaling.type", scaling, f"one of {', '.join(_SCALINGS)}")
     most = max(numbers.get("expert_count", [0]))
     if (used := max(numbers.get("expert_used_count", [0]))) > most or (most and not used):
         raise refuse(f"{architecture}.expert_used_count", used, f"1 to {most:g} of the experts")
