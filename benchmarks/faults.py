@@ -31,8 +31,10 @@ def run(words: list[str], log: Path, after: float | None, number: int) -> tuple[
     A fork, because starting Python and importing torch takes longer than the commands do here.
     """
     start = time.perf_counter()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     child = os.fork()
     if not child:
+        code = 130  # where the signal comes before the command begins
         try:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
@@ -40,13 +42,17 @@ def run(words: list[str], log: Path, after: float | None, number: int) -> tuple[
             signal.signal(signal.SIGINT, signal.default_int_handler)
             from superego.cli import main as command
 
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            code = 99
             command(words, prog_name="superego")
         except SystemExit as error:
-            os._exit(int(error.code or 0))
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            code = int(error.code or 0)
         except BaseException:
-            traceback.print_exc()
-            os._exit(99)
-        os._exit(0)
+            if code == 99:
+                traceback.print_exc()
+        os._exit(code)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if after is not None:
         time.sleep(max(0.0, start + after - time.perf_counter()))
         os.kill(child, number)

@@ -32,6 +32,7 @@ from superego.cli_sources import tag
 from superego.cli_strength import blend, calibrate, move
 from superego.errors import SuperegoError, printable
 from superego.history import manifesto_of
+from superego.interrupt import keep_interrupts
 from superego.options import (
     FiniteRange,
     OutputPath,
@@ -53,8 +54,17 @@ from superego.progress import Steps
 class _Group(click.Group):
     """Turns SuperegoError into one line on stderr and exit code 2."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            if isinstance(end.__context__, click.Abort):  # Ctrl-C before or behind the command
+                raise SystemExit(130) from None
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         _escape_odd_names()
+        keep_interrupts()
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()

@@ -24,7 +24,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2.0  # of processor time, one request
-MEMORY = 512 << 20  # bytes of address space
+MEMORY = 256 << 20  # bytes of address space
 OUTPUT = 16 << 20  # characters of one rendering
 
 # What templates raise that try what they may not, beside jinja2's own errors
@@ -86,6 +86,21 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def _check_constants(environment: jinja2.Environment, source: str) -> None:
+    """Raise MemoryError for constant expressions such as 'a' * 10 ** 10.
+
+    Compiling computes them, and passes over a failure to; where nothing limits the memory, as
+    in llama-cpp-python, it would not fail.
+    """
+    context = jinja2.nodes.EvalContext(environment)
+    for node in environment.parse(source).find_all(jinja2.nodes.Expr):
+        try:
+            node.as_const(context)
+        except jinja2.nodes.Impossible as error:
+            if isinstance(error.__cause__ or error.__context__, MemoryError):
+                raise MemoryError from None
+
+
 def _render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
     pieces, length = [], 0
     for piece in template.generate(values):
@@ -100,7 +115,9 @@ def _answer(templates: list[jinja2.Template], request: dict[str, Any]) -> dict[s
     """To `source`: its number. To `number` and `values`: the text, or what was wrong."""
     try:
         if "source" in request:
-            templates.append(_environment().from_string(request["source"]))
+            environment = _environment()
+            _check_constants(environment, request["source"])
+            templates.append(environment.from_string(request["source"]))
             return {"number": len(templates) - 1}
         return _render(templates[request["number"]], request["values"])
     except _Refused as error:
