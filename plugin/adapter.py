@@ -101,17 +101,24 @@ def write_adapter(
                 if not np.isfinite(half).all():
                     raise SuperegoError(f"{path}: {name}.lora_{suffix} overflows float16")
                 writer.add_tensor(f"{name}.lora_{suffix}", half)
-        write_out(writer)
+        write_out(writer, temporary)
 
 
-def write_out(writer: GGUFWriter) -> None:
-    """Write what was added to a GGUF writer, and close it."""
+def write_out(writer: GGUFWriter, path: Path) -> None:
+    """Write what was added to a GGUF writer to its `path`, and close it.
+
+    Raises SuperegoError where the file is not whole then: numpy does not say so itself.
+    """
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+    try:
+        read_header(path)
+    except SuperegoError:
+        raise SuperegoError(f"{path}: could not be written whole; is the disk full?") from None
 
 
 def read_adapter(path: Path) -> Adapter:

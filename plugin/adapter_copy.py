@@ -56,7 +56,7 @@ def write_copy(
                 raw = read_raw(adapter.header.tensors[tensor.name])
                 writer.add_tensor(tensor.name, raw, raw_dtype=tensor.tensor_type)
         try:
-            write_out(writer)
+            write_out(writer, temporary)
         except (ValueError, struct.error) as error:  # metadata that gguf reads but cannot write
             raise SuperegoError(f"{adapter.path}: its metadata is damaged: {error}") from None
         check_unchanged(adapter.header)

@@ -6,11 +6,20 @@ Knows where Python reports what it drops. Does not know what is interrupted.
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
 import threading
 from typing import Any
 
 _AGAIN = 0.02  # seconds; by then the callback is over
+
+
+def _interrupt() -> None:
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGINT)  # ends a wait too
+    else:
+        _thread.interrupt_main()
 
 
 def keep_interrupts() -> None:
@@ -21,7 +30,7 @@ def keep_interrupts() -> None:
 
     def hook(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            timer = threading.Timer(_AGAIN, _thread.interrupt_main)
+            timer = threading.Timer(_AGAIN, _interrupt)
             timer.daemon = True
             timer.start()
         else:
