@@ -108,7 +108,7 @@ def measure(
         ends[end] += 1
         most = max(most, len(litter([folder, tmp], known)))
         said = log.read_text()
-        if "Traceback" in said or "Exception ignored" in said:
+        if "Traceback" in said or "Exception ignored" in said or code not in (0, 130, -9):
             ends["traceback"] += 1
             print(said, file=sys.stderr)
     for path, raw in zip(files, olds, strict=True):

@@ -55,12 +55,17 @@ class _Group(click.Group):
     """Turns SuperegoError into one line on stderr and exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **kwargs)
         try:
-            return super().main(*args, **kwargs)
-        except SystemExit as end:
-            if isinstance(end.__context__, click.Abort):  # Ctrl-C before or behind the command
-                raise SystemExit(130) from None
-            raise
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):  # Ctrl-C before the command, or behind it
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         _escape_odd_names()
