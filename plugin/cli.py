@@ -55,10 +55,12 @@ class _Group(click.Group):
     """Turns SuperegoError into one line on stderr and exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **kwargs)
+        alone = kwargs.get("standalone_mode", True)
+        kwargs["standalone_mode"] = False
+        if not alone:
+            return super().main(*args, **kwargs)
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(*args, **kwargs)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
