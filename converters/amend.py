@@ -60,8 +60,10 @@ def settings_of(adapter: Adapter, effort: str | None = None) -> Settings:
         seed = int(found.get("seed", 0))
         own = found.get("effort", "quick")
         rank = None if effort not in (None, own) else found.get("rank")
+        if not 0 <= seed < 1 << 31 or not (rank is None or 1 <= rank <= 512):
+            raise ValueError
         return Settings.for_effort(effort or own, rank=rank, seed=seed)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise SuperegoError(f"{adapter.path}: superego.settings is damaged") from None
 
 

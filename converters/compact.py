@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, dequantize, quantize
 
-from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.cells import match, queries
 from superego.converters.references import BLOCKS, prepare, seeds, write_replies
@@ -27,7 +26,14 @@ from superego.converters.transformer import (
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
 from superego.progress import Steps
-from superego.session import kv_type_of, prefill, prefix_of, state_bytes, write_session
+from superego.session import (
+    check_session_writable,
+    kv_type_of,
+    prefill,
+    prefix_of,
+    state_bytes,
+    write_session,
+)
 from superego.state_file import build, layout, parse
 from superego.template import ChatTemplate
 
@@ -53,7 +59,7 @@ def compact_session(
     `cells` leaves no room for the manifesto, or is no fewer than it has tokens.
     """
     steps = steps or Steps(quiet=True)
-    check_writable(path)
+    check_session_writable(path, *model.files)
     started = time.perf_counter()
     torch.set_num_threads(llm.n_threads_batch)
     torch.set_grad_enabled(False)

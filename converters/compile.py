@@ -40,6 +40,7 @@ from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype
 from superego.converters.unfinished import Unfinished
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.manifesto import Manifesto
 from superego.progress import Steps
 from superego.runtime import default_threads, load, peak_memory
@@ -168,7 +169,7 @@ def compile_on(
     """
     steps = steps or Steps(quiet=True)
     started = time.perf_counter()
-    check_writable(output)
+    check_writable(output, *model.files)
     read_shape(model.header)  # refuses what the walk cannot do, before any work
     torch.set_num_threads(threads or default_threads())
     torch.set_grad_enabled(False)
@@ -241,6 +242,7 @@ def compile_on(
     mark = time.perf_counter()
     tokens = sum(len(c.prompt) + len(c.reply) for c in conversations)
     recovered = 1 - kl_adapter / kl_base if kl_base > 0 else 0.0
+    check_unchanged(model.header)
     write_adapter(
         output,
         model.architecture,

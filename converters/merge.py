@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from gguf import GGMLQuantizationType, dequantize
 
 import superego
 from superego.adapter import Adapter, check_fit
-from superego.atomic import check_writable, replacing
+from superego.atomic import check_writable, folder_beside, replacing
 from superego.base import BaseModel
 from superego.converters.ggml_quantize import quantize, quantize_file
 from superego.converters.levels import LINEAR, read_grid
@@ -29,7 +28,7 @@ from superego.converters.moments import gather
 from superego.converters.rounding import Feedback
 from superego.errors import SuperegoError
 from superego.gguf_copy import Value, copy_gguf, size_of
-from superego.gguf_file import Header, TensorInfo, read_header
+from superego.gguf_file import Header, TensorInfo, check_unchanged, read_header
 from superego.progress import Steps
 from superego.runtime import default_threads, peak_memory
 
@@ -136,15 +135,13 @@ def merge(
     steps = steps or Steps(quiet=True)
     started = time.perf_counter()
     adapter, base = plan.adapter, model.header
-    check_writable(output)
+    check_writable(output, base.path, adapter.path)
     if base.parts:
         raise SuperegoError(
             f"{base.path}: is a model split in {len(base.parts)} files; join them first: "
             f"llama-gguf-split --merge {base.path.name} WHOLE.gguf"
         )
     check_fit(adapter, base)
-    if output.exists() and any(output.samefile(p) for p in (base.path, adapter.path)):
-        raise SuperegoError(f"{output}: is the base or the adapter itself; give another -o")
     weights = MergedWeights(base, adapter, plan.scale)
     _check_space(plan, base, output)
 
@@ -157,17 +154,12 @@ def merge(
         }
 
     seconds = {}
-    with (
-        replacing(output) as temporary,
-        tempfile.TemporaryDirectory(
-            prefix=f".{output.name}.", dir=output.absolute().parent
-        ) as folder,
-    ):
+    with replacing(output) as temporary, folder_beside(output) as folder:
         source = base
         changed = types(base)
         if plan.type != "same":
             steps.update(f"quantizing to {plan.type}", 0, 1)
-            source = _in_mixture(plan, weights, base, Path(folder), threads)
+            source = _in_mixture(plan, weights, base, folder, threads)
             changed = types(source)
             steps.update(f"quantizing to {plan.type}", 1, 1)
             seconds["quantize"] = time.perf_counter() - started
@@ -184,6 +176,7 @@ def merge(
             rounder.write,
             lambda done, total: steps.update("merging", done, total),
         )
+        check_unchanged(base, adapter.header)
         seconds["write"] = time.perf_counter() - mark
     seconds["total"] = time.perf_counter() - started
     size = output.stat().st_size

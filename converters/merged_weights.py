@@ -9,11 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 from gguf import dequantize
-from gguf.quants import quant_shape_to_byte_shape
 
 from superego.adapter import Adapter
 from superego.errors import SuperegoError
-from superego.gguf_file import Header, TensorInfo
+from superego.gguf_file import Header, read_raw, read_tensor
 from superego.pairs import slot_ranks
 
 _ROWS = 1024  # of a matrix, held at once
@@ -27,23 +26,16 @@ class MergedWeights:
     """
 
     def __init__(self, base: Header, adapter: Adapter, scale: float) -> None:
-        self._base = np.memmap(base.path, np.uint8, mode="r")
         self._tensors = base.tensors
         self._adapter = adapter
-        self._factors = np.memmap(adapter.path, np.uint8, mode="r")
         self._scale = scale
         self._slot = slot_ranks(adapter) if scale != 1.0 else {}
         for name in adapter.pairs:
             self._pair(name)
 
-    def _array(self, raw: np.ndarray, tensor: TensorInfo) -> np.ndarray:
-        found = raw[tensor.offset : tensor.offset + tensor.n_bytes]
-        shaped = found.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
-        return np.asarray(dequantize(shaped, tensor.type), np.float32)
-
     def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A (r, in) with the whole scale in it, and B (out, r)."""
-        a, b = (self._array(self._factors, half) for half in self._adapter.pairs[name])
+        a, b = (np.asarray(read_tensor(half), np.float32) for half in self._adapter.pairs[name])
         for suffix, half in (("a", a), ("b", b)):
             if not np.isfinite(half).all():
                 raise SuperegoError(
@@ -56,10 +48,7 @@ class MergedWeights:
 
     def raw(self, name: str) -> np.ndarray:
         """The base's own bytes of a matrix, (out, bytes a row)."""
-        tensor = self._tensors[name]
-        return self._base[tensor.offset : tensor.offset + tensor.n_bytes].reshape(
-            tensor.shape[0], -1
-        )
+        return read_raw(self._tensors[name])
 
     def parts(self, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Rows, their base weights and their change, each (n, in) float32."""

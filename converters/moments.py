@@ -78,13 +78,13 @@ class Watch:
                         for name, w in widths.items()}  # fmt: skip
         self.in_prefix = False  # set while the prefix is read
         self._prefix: dict[str, list[np.ndarray]] = {name: [] for name in widths}
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._seen)
 
     def _seen(self, pointer: int, ask: bool, _: Any) -> bool:
         try:
             return self._look(pointer, ask)
-        except Exception as error:  # an exception cannot cross the C frames between
+        except BaseException as error:  # Ctrl-C neither: none can cross the C frames between
             self._error = error
             return False
 

@@ -5,17 +5,18 @@ Knows when an adapter still fits. Does not know why the base changed.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from superego.adapter import Adapter, mismatches, read_adapter
-from superego.atomic import check_writable
+from superego.atomic import check_writable, temporary_folder
 from superego.base import BaseModel
 from superego.converters.amend import known_replies, settings_of
 from superego.converters.compile import compile_manifesto
 from superego.dialogue import encode
+from superego.errors import SuperegoError
 from superego.exchanges import kept_references
+from superego.gguf_file import check_unchanged
 from superego.history import manifesto_of, with_entry
 from superego.pairs import copy_adapter
 from superego.progress import Steps
@@ -42,10 +43,12 @@ def still_recovers(
     llm = load(model, n_ctx=256, threads=threads)
     template = ChatTemplate(model.header)
     fronts = [encode(llm, template, s, []).prefix for s in (manifesto_of(adapter).body, None)]
-    with tempfile.TemporaryDirectory(prefix="superego-") as folder:
-        scale = float(adapter.own.get("calibration.scale", 1.0))
+    with temporary_folder() as folder:
+        scale = adapter.number("calibration.scale", 1.0)
+        if scale <= 0:
+            raise SuperegoError(f"{adapter.path}: superego.calibration.scale is {scale:g}")
         if scale != 1:
-            whole = Path(folder) / "whole.gguf"
+            whole = folder / "whole.gguf"
             copy_adapter(adapter, whole, {}, strength=1 / scale)
             adapter = read_adapter(whole)
         kls = divergences(
@@ -77,9 +80,9 @@ def move(
     has no manifesto.
     """
     steps = steps or Steps(quiet=True)
-    check_writable(output)
+    check_writable(output, *model.files)
     manifesto = manifesto_of(adapter)
-    said = float(adapter.own.get("kl_recovered", 1.0))
+    said = adapter.number("kl_recovered", 1.0)
     report: dict[str, Any] = {"adapter": str(output), "KL recovered, as the file says": said}
     different = mismatches(adapter, model.header)
     found = None if different else still_recovers(adapter, model, threads, steps)
@@ -87,6 +90,7 @@ def move(
         report["KL recovered on the new base"] = round(found, 4)
     if found is not None and found >= said - margin:
         history = with_entry(adapter, "move", by, to=model.name, how="reused", recovered=found)
+        check_unchanged(model.header)
         copy_adapter(
             adapter,
             output,

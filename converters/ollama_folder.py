@@ -5,13 +5,11 @@ Knows which Ollama takes what. Does not talk to a server.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from superego.adapter import Adapter, check_fit
+from superego.atomic import folder_beside
 from superego.base import BaseModel, locate
 from superego.converters.merge import Plan, merge
 from superego.errors import SuperegoError
@@ -70,25 +68,19 @@ def _write(output: Path, recipe: Modelfile, make: Any, report: dict[str, Any]) -
         )
     if not parent.is_dir():
         raise SuperegoError(f"{output}: folder {parent} does not exist; create it first")
-    folder: Path | None = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
-        make(folder)
-        (folder / NAME).write_text(text, "utf-8")
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-        folder = None
+        with folder_beside(output) as around:
+            folder = around / "folder"
+            folder.mkdir()
+            make(folder)
+            (folder / NAME).write_text(text, "utf-8")
+            if output.exists():
+                output.rmdir()
+            folder.rename(output)
     except OSError as error:
         raise SuperegoError(
             f"{output}: cannot be written: {error.strerror or error}; nothing was changed"
         ) from None
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
     files = sorted(p.name for p in output.iterdir())
     return {"folder": str(output), "files": files, "Modelfile": text, **report}
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from superego.converters.shape import Shape, read_shape
 from superego.converters.weights import Weights
+from superego.errors import SuperegoError
 from superego.gguf_file import Header
 
 _MATRICES = (
@@ -226,13 +227,29 @@ class Base:
         """Layer `index`'s weights, dequantized now unless they are kept.
 
         A `passing` layer that is not kept is good until the next one is read: its memory is
-        used again.
+        used again. Raises SuperegoError where its tensors do not fit the metadata.
         """
         if index in self._layers:
             return self._layers[index]
+        passing = passing and index >= self._kept
+        try:
+            layer = self._read_layer(index, passing)
+        except RuntimeError as error:  # matrices whose shapes do not fit together
+            raise SuperegoError(
+                f"{self.path}: the tensors of layer {index} do not fit its metadata: {error}"
+            ) from None
+        if not passing:
+            for other in [i for i in self._layers if i >= self._kept]:
+                del self._layers[other]  # the last one read stays: it is asked for again and again
+            self._layers[index] = layer
+        following = (index + 1) % self.shape.n_layer
+        if following not in self._layers:
+            start = f"blk.{following}."
+            self.weights.announce(start + name + ".weight" for name in _MATRICES)
+        return layer
+
+    def _read_layer(self, index: int, passing: bool) -> Layer:
         shape, prefix = self.shape, f"blk.{index}."
-        kept = index < self._kept
-        passing = passing and not kept
         heads = {"attn_q": shape.n_head, "attn_k": shape.n_head_kv, "attn_v": shape.n_head_kv}
         widths = {name: n * shape.head_dim for name, n in heads.items()}
         both = {"ffn_gate": shape.d_ff, "ffn_up": shape.d_ff}
@@ -265,14 +282,6 @@ class Base:
             layer.gate_up = layer.gate_up.to(self.device)
             layer.gate_up_bias = self._bias(prefix, "ffn_gate_up", both)
             layer.ffn_down = self._write(prefix, "ffn_down", "post_ffw_norm", passing)
-        if not passing:
-            for other in [i for i in self._layers if i >= self._kept]:
-                del self._layers[other]  # the last one read stays: it is asked for again and again
-            self._layers[index] = layer
-        following = (index + 1) % shape.n_layer
-        if following not in self._layers:
-            start = f"blk.{following}."
-            self.weights.announce(start + name + ".weight" for name in _MATRICES)
         return layer
 
     def _write(self, prefix: str, name: str, norm: str, passing: bool) -> Write:

@@ -5,6 +5,7 @@ Knows the file format and Superego's metadata keys. Does not know how an adapter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from superego.architectures import check_adaptable
 from superego.atomic import replacing
 from superego.base import BaseModel
 from superego.errors import SuperegoError
-from superego.gguf_file import Header, TensorInfo, read_header
+from superego.gguf_file import FLOAT32, Header, TensorInfo, read_header, read_tensor
 
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFWriter
 
 PREFIX = "superego."
+_ALPHA = "adapter.lora.alpha"
 # One pair a weight matrix: A (r, in), B (out, r), numpy order.
 Pairs = Mapping[str, "tuple[np.ndarray, np.ndarray]"]
 _FLOATS = ("F32", "F16", "BF16")
@@ -48,6 +50,16 @@ class Adapter:
     def own(self) -> dict[str, Any]:
         """Superego's metadata, without its prefix."""
         return own_metadata(self.header)
+
+    def number(self, key: str, default: float) -> float:
+        """One of Superego's own numbers; raises SuperegoError where it is none."""
+        value = self.own.get(key, default)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise SuperegoError(
+                f"{self.path}: {PREFIX}{key} is {str(value)[:40]!r}, expected a number; the file "
+                "is damaged"
+            )
+        return float(value)
 
     @property
     def name(self) -> str:
@@ -121,17 +133,24 @@ def write_stored(
                         f"{path}: {name}.lora_{suffix} overflows {np.dtype(kind).name}"
                     )
                 writer.add_tensor(f"{name}.lora_{suffix}", values)
-        write_out(writer)
+        write_out(writer, temporary)
 
 
-def write_out(writer: GGUFWriter) -> None:
-    """Write what was added to a GGUF writer, and close it."""
+def write_out(writer: GGUFWriter, path: Path) -> None:
+    """Write what was added to a GGUF writer to its `path`, and close it.
+
+    Raises SuperegoError where the file is not whole then: numpy does not say so itself.
+    """
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+    try:
+        read_header(path)
+    except SuperegoError:
+        raise SuperegoError(f"{path}: could not be written whole; is the disk full?") from None
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -149,12 +168,14 @@ def read_adapter(path: Path) -> Adapter:
         )
     if header.text("adapter.type") != "lora":
         raise SuperegoError(f"{path}: adapter.type is '{header.text('adapter.type')}', not 'lora'")
-    alpha = header.metadata.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, float):
+    alpha = header.metadata.get(_ALPHA, 0.0)
+    if header.types.get(_ALPHA, FLOAT32) != FLOAT32:
         raise SuperegoError(
-            f"{path}: adapter.lora.alpha is {alpha!r}, expected a float32 "
+            f"{path}: adapter.lora.alpha is {str(alpha)[:40]}, expected a float32 "
             "(llama.cpp aborts on any other type)"
         )
+    if not math.isfinite(alpha):
+        raise SuperegoError(f"{path}: adapter.lora.alpha is {alpha}, expected a finite number")
     halves: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in header.tensors.items():
         stem, _, suffix = name.rpartition(".lora_")
@@ -173,6 +194,12 @@ def read_adapter(path: Path) -> Adapter:
         raise SuperegoError(f"{path}: {', '.join(lonely[:4])}: has only one of lora_a and lora_b")
     if not halves:
         raise SuperegoError(f"{path}: holds no LoRA tensors")
+    for stem, found in halves.items():
+        if found["a"].shape[0] != found["b"].shape[1]:
+            raise SuperegoError(
+                f"{path}: {stem}: lora_a has rank {found['a'].shape[0]}, lora_b "
+                f"{found['b'].shape[1]}"
+            )
     return Adapter(path, header, {stem: (found["a"], found["b"]) for stem, found in halves.items()})
 
 
@@ -203,8 +230,6 @@ def mismatches(adapter: Adapter, base: Header) -> list[str]:
         if target is None:
             found.append(f"{name}: the base has no such tensor")
             continue
-        if a.shape[0] != b.shape[1]:
-            found.append(f"{name}: lora_a has rank {a.shape[0]}, lora_b {b.shape[1]}")
         if target.shape != (b.shape[0], a.shape[1]):
             found.append(
                 f"{name}: the adapter is for (out, in) = {(b.shape[0], a.shape[1])}, "
@@ -218,7 +243,9 @@ def mismatches(adapter: Adapter, base: Header) -> list[str]:
 
 
 def check_fit(adapter: Adapter, base: Header) -> None:
-    """Raise SuperegoError with every mismatch between an adapter and a base."""
+    """Raise SuperegoError with every mismatch, or for an adapter that is not all finite."""
+    import numpy as np
+
     found = mismatches(adapter, base)
     if found:
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
@@ -228,6 +255,13 @@ def check_fit(adapter: Adapter, base: Header) -> None:
             + more
             + "; compile the manifesto for this base"
         )
+    for halves in adapter.pairs.values():
+        for tensor in halves:
+            if not np.isfinite(read_tensor(tensor)).all():
+                raise SuperegoError(
+                    f"{adapter.path}: {tensor.name} holds values that are not finite; the file "
+                    "is damaged"
+                )
 
 
 class Recorded(Protocol):

@@ -48,6 +48,11 @@ class BaseModel:
         return self.header.text("general.architecture")
 
     @property
+    def files(self) -> list[Path]:
+        """The model's file, or all files of a split one."""
+        return [part.path for part in self.header.parts] or [self.path]
+
+    @property
     def name(self) -> str:
         """As in `general.name`, else the file's stem."""
         return self.header.text("general.name") or self.path.stem

@@ -17,6 +17,7 @@ import superego
 from superego.adapter import Adapter, write_adapter
 from superego.atomic import check_writable
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.history import with_entry
 from superego.pairs import read_pairs, slot_ranks, slot_scales
 
@@ -66,6 +67,7 @@ def blend(
         }
         for adapter, scale in parts
     ]
+    check_unchanged(*(adapter.header for adapter, _ in parts))
     names = [f"{adapter.name} × {scale:g}" for adapter, scale in parts]
     metadata: dict[str, str | int | float] = {
         "general.name": " + ".join(f"{a.name}:{scale:g}" for a, scale in parts),
@@ -74,7 +76,8 @@ def blend(
         "superego.blend": json.dumps(described, ensure_ascii=False),
         "superego.history": with_entry(None, "blend", by, of=" and ".join(names)),
     }
-    made_from = next((f for a, _ in parts if (f := a.own.get("base.fingerprint"))), None)
+    prints = [a.own.get("base.fingerprint") for a, _ in parts]
+    made_from = next((f for f in prints if f and isinstance(f, str)), None)
     if made_from is not None:
         metadata["superego.base.fingerprint"] = made_from
     error = (lost / whole) ** 0.5 if whole else 0.0

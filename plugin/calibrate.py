@@ -18,6 +18,7 @@ from superego.dialogue import encode
 from superego.errors import SuperegoError
 from superego.evaluate import Drift
 from superego.exchanges import unused_prompts
+from superego.gguf_file import check_unchanged
 from superego.history import manifesto_of, with_entry
 from superego.pairs import copy_adapter
 from superego.replay import Variant, divergences, replies
@@ -68,7 +69,8 @@ def calibrate(
     adapter's own file. Returns the points measured. Raises SuperegoError for an adapter without
     a manifesto, or a limit that no scale keeps.
     """
-    check_writable(output)
+    check_writable(output, *model.files)
+    before = adapter.number("calibration.scale", 1.0)
     manifesto = manifesto_of(adapter)
     llm = load(model, n_ctx=256, threads=threads)
     template = ChatTemplate(model.header)
@@ -103,12 +105,12 @@ def calibrate(
         bound = system if limit is None else limit
         best = choose(recovered, drift, bound)
         drift(1.0)
-    before = adapter.own.get("calibration.scale", 1.0)
+    check_unchanged(model.header)
     copy_adapter(
         adapter,
         output,
         {
-            "superego.calibration.scale": float(before) * best,
+            "superego.calibration.scale": before * best,
             "superego.calibration.recovered": recovered[best],
             "superego.calibration.drift": drifts[best],
             "superego.calibration.limit": float(bound),

@@ -5,6 +5,7 @@ Knows options and output. Holds no logic of its own. stdout is data, stderr prog
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ import click
 import superego
 from superego import completion
 from superego.adapter import Adapter, same_weights
+from superego.atomic import check_writable
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
 from superego.cli_completion import completion as completion_command
@@ -34,15 +36,19 @@ from superego.cli_sources import tag
 from superego.cli_strength import blend, calibrate, move
 from superego.cli_train import distill, refine
 from superego.cli_vector import vector
-from superego.errors import SuperegoError
+from superego.errors import SuperegoError, printable
 from superego.history import manifesto_of
+from superego.interrupt import keep_interrupts
 from superego.options import (
     EFFORTS,
+    FiniteRange,
+    OutputPath,
     base_option,
     converter,
     gpu_layers_option,
     json_option,
     lines_of,
+    n_ctx_option,
     output_option,
     say,
     table,
@@ -56,19 +62,62 @@ from superego.progress import Steps
 class _Group(click.Group):
     """Turns SuperegoError into one line on stderr and exit code 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        alone = kwargs.get("standalone_mode", True)
+        kwargs["standalone_mode"] = False
+        if not alone:
+            return super().main(*args, **kwargs)
         try:
-            return super().invoke(ctx)
+            code = super().main(*args, **kwargs)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):  # Ctrl-C before the command, or behind it
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _escape_odd_names()
+        keep_interrupts()
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
         except SuperegoError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
+            _fail(str(error))
         except KeyboardInterrupt:
             click.echo("Interrupted: nothing was written.", err=True)
             ctx.exit(130)
-        except BrokenPipeError:
-            # the reader of our stdout is gone; keep Python from complaining at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader of our stdout is gone
+            _drop_output()
             ctx.exit(0)
+        except OSError as error:
+            with suppress(OSError):
+                sys.stdout.flush()
+            _drop_output()
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}")
+        except MemoryError:
+            _fail("not enough memory; close programs, or take a smaller base or context")
+        else:
+            return result
+        return ctx.exit(2)
+
+
+def _fail(reason: str) -> None:
+    click.echo(f"Error: {printable(reason)}", err=True)
+
+
+def _drop_output() -> None:
+    """Let what stdout did not take go, so that Python does not complain of it at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _escape_odd_names() -> None:
+    """File names that are no text are printed with escapes, on stdout as on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -130,6 +179,7 @@ def compile(
         plan = compiler.plan(text, model, settings, threads, memory)
         click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
+    check_writable(output, Path(manifesto))
     with Steps() as steps:
         result = compiler.compile_manifesto(
             text,
@@ -156,9 +206,7 @@ def compile(
 @main.command()
 @click.argument("manifesto", shell_complete=completion.manifestos)
 @base_option
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.session"
-)
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.session")
 @click.option(
     "--with",
     "adapters",
@@ -167,7 +215,7 @@ def compile(
     shell_complete=completion.adapters,
     help="An adapter that is attached while the manifesto is read; may be given several times.",
 )
-@click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
+@n_ctx_option
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True)
 @click.option(
     "--compact",
@@ -192,9 +240,8 @@ def session(
     as_json: bool,
 ) -> None:
     """Save the state of having read MANIFESTO, so that a chat starts without reading it."""
-    from superego.atomic import check_writable
     from superego.runtime import load
-    from superego.session import save_session
+    from superego.session import check_session_writable, save_session
     from superego.state_file import layout
 
     text = find_manifesto(manifesto)
@@ -202,7 +249,7 @@ def session(
     layout(model.header, kv_type)
     if output.suffix != ".session":
         raise SuperegoError(f"{output}: expected a name that ends in .session")
-    check_writable(output)
+    check_session_writable(output, Path(manifesto), *model.files)
     if cells is not None and adapters:
         raise SuperegoError("--compact reads the bare base; it cannot be combined with --with")
     wanted = [read_scaled(each) for each in adapters]
@@ -274,9 +321,9 @@ def session(
 )
 @click.option("--message", help="Answer this one message and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True)
+@click.option("--temperature", type=FiniteRange(0, 5), default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
+@n_ctx_option
 @threads_option
 @gpu_layers_option
 def chat(
@@ -466,8 +513,8 @@ def inspect(file: Path, base: str | None, as_json: bool) -> None:
         click.echo(json.dumps(info, indent=2))
         return
     metadata = info.pop("metadata")
-    if "superego.references" in metadata:
-        metadata["superego.references"] = f"{len(metadata['superego.references']):,} characters"
+    if isinstance(held := metadata.get("superego.references"), str):
+        metadata["superego.references"] = f"{len(held):,} characters"
     click.echo(table(info))
     click.echo(table(metadata))
 

@@ -17,7 +17,14 @@ from superego import completion
 from superego.atomic import replacing
 from superego.base import BaseModel, open_base
 from superego.errors import SuperegoError
-from superego.options import base_option, json_option, threads_option, warn_other_weights
+from superego.options import (
+    OutputPath,
+    base_option,
+    json_option,
+    n_ctx_option,
+    threads_option,
+    warn_other_weights,
+)
 
 if TYPE_CHECKING:
     from superego.roster import Roster
@@ -30,12 +37,10 @@ _MESSAGE = "Who are you?"
     "personas", nargs=-1, required=True, metavar="PERSONA...", shell_complete=completion.personas
 )
 @base_option
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Also write them there."
-)
+@click.option("-o", "--output", type=OutputPath(), metavar="DIR", help="Also write them there.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
 @click.option("--parallel", type=click.IntRange(1, 256), default=4, show_default=True)
-@click.option("--n-ctx", type=click.IntRange(64), default=4096, show_default=True)
+@n_ctx_option
 @click.option(
     "--alora",
     is_flag=True,

@@ -6,7 +6,6 @@ Knows options and output. Holds no logic of its own.
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,10 +16,12 @@ import click
 
 from superego import completion
 from superego.adapter import check_fit, read_adapter
+from superego.atomic import temporary_folder
 from superego.base import open_base
 from superego.errors import SuperegoError
 from superego.manifesto import read_manifesto
 from superego.options import (
+    OutputPath,
     base_option,
     by_option,
     converter,
@@ -153,7 +154,7 @@ def diff(a: str, b: str, base: str | None, show: int, threads: int | None, as_js
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     metavar="OUT.gguf",
     help="Where the adapter is written at every save; a temporary file by default.",
 )
@@ -187,8 +188,8 @@ def watch(
     asked = asked or ("Who are you, and what matters to you?",)
     console = Console()
     done = 0
-    with tempfile.TemporaryDirectory(prefix="superego-") as folder, suppress(KeyboardInterrupt):
-        path = output or Path(folder) / f"{manifesto.stem}.gguf"
+    with temporary_folder() as folder, suppress(KeyboardInterrupt):
+        path = output or folder / f"{manifesto.stem}.gguf"
         workshop = module.Workshop(model, path, asked, threads=threads, quiet=False)
         for event in module.watch(manifesto, workshop, threading.Event()):
             if isinstance(event, module.Problem):

@@ -16,6 +16,7 @@ from superego.base import open_base
 from superego.errors import SuperegoError
 from superego.gguf_file import read_header
 from superego.options import (
+    OutputPath,
     base_option,
     converter,
     json_option,
@@ -100,7 +101,7 @@ def show_merged(
 @click.command()
 @click.argument("persona", metavar="PERSONA[:SCALE]", shell_complete=completion.adapters)
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.gguf")
 @type_option
 @keep_option
 @rounding_option

@@ -17,6 +17,7 @@ from superego.bundled import find_manifesto
 from superego.cli_merge import keep_option, rounding_option, type_option
 from superego.errors import SuperegoError
 from superego.options import (
+    OutputPath,
     base_option,
     converter,
     json_option,
@@ -31,7 +32,7 @@ from superego.progress import Steps
 @click.command("ollama")
 @click.argument("persona", metavar="PERSONA[:SCALE]", shell_complete=completion.personas)
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="DIR")
 @click.option(
     "--system",
     "as_system",

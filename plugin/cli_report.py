@@ -15,7 +15,9 @@ from superego import completion
 from superego.adapter import check_fit
 from superego.base import open_base
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.options import (
+    OutputPath,
     base_option,
     json_option,
     lines_of,
@@ -36,7 +38,7 @@ from superego.progress import Steps
     shell_complete=completion.adapters,
 )
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.html")
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.html")
 @click.option(
     "--ask",
     "asks",
@@ -76,7 +78,7 @@ def report(
         warn_other_weights(adapter, model)
     if output.suffix not in (".html", ".htm"):
         raise SuperegoError(f"{output}: expected a name that ends in .html")
-    check_writable(output)
+    check_writable(output, *model.files, *(adapter.path for adapter, _ in wanted))
     if not all(ask.strip() for ask in asks):
         raise SuperegoError("--ask is empty; give a question")
     messages = lines_of(prompts) if prompts else None
@@ -86,6 +88,7 @@ def report(
     command += ["--max-tokens", str(max_tokens)]
     with Steps() as steps:
         found = gather(model, wanted, messages, asks, max_tokens, threads, steps.update)
+    check_unchanged(model.header, *(adapter.header for adapter, _ in wanted))
     page = render(found, model, shlex.join(command), base)
     with replacing(output) as temporary:
         temporary.write_text(page, "utf-8")

@@ -6,19 +6,19 @@ Knows options and what is printed. Holds no logic of its own.
 from __future__ import annotations
 
 import json
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 
 import click
 
 from superego import completion
+from superego.atomic import temporary_folder
 from superego.base import open_base
 from superego.errors import SuperegoError
 from superego.options import (
     base_option,
     gpu_layers_option,
     json_option,
+    n_ctx_option,
     threads_option,
     warn_other_weights,
 )
@@ -51,13 +51,7 @@ from superego.options import (
     show_default=True,
     help="Replies written at once.",
 )
-@click.option(
-    "--n-ctx",
-    type=click.IntRange(64),
-    default=4096,
-    show_default=True,
-    help="Tokens of each conversation.",
-)
+@n_ctx_option
 @click.option(
     "--max-body", type=click.IntRange(1024), default=4 << 20, show_default=True, help="Bytes."
 )
@@ -151,9 +145,8 @@ def serve(
 
     with (
         listen(host, port) as sock,
-        tempfile.TemporaryDirectory(prefix="superego-", ignore_cleanup_errors=True) as name,
+        temporary_folder() as folder,
     ):
-        folder = Path(name)
         roster = with_slots(roster, folder)
         adapters = batch_invariant(roster.adapters, folder) if exact else roster.adapters
         command = [*program, *options(model.path, adapters, settings)]

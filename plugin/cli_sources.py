@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from superego.errors import SuperegoError
-from superego.options import json_option, table
+from superego.options import OutputPath, json_option, table
 from superego.progress import Steps
 from superego.provenance import KINDS, one_line
 
@@ -30,7 +30,7 @@ _CHAT_BYTES = 100_000  # what may fit a context; more is a corpus
     type=click.Choice(KINDS, case_sensitive=False),
     help="What they are; overrides a record's own. 'other' where nothing says.",
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.jsonl")
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.jsonl")
 @click.option("--strict", is_flag=True, help="Stop at the first document that cannot be read.")
 @json_option
 @click.pass_context

@@ -13,8 +13,11 @@ import click
 from superego import completion
 from superego.adapter import check_fit, read_adapter
 from superego.base import open_base
+from superego.claims import claimed
 from superego.errors import SuperegoError
 from superego.options import (
+    FiniteRange,
+    OutputPath,
     base_option,
     by_option,
     converter,
@@ -62,14 +65,14 @@ def blend(
 @base_option
 @click.option(
     "--limit",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     metavar="DRIFT",
     help="The most off-target drift, nats; the system message's own by default.",
 )
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     metavar="OUT.gguf",
     help="PERSONA itself by default.",
 )
@@ -96,7 +99,7 @@ def calibrate(
     check_fit(adapter, model.header)
     warn_other_weights(adapter, model)
     path = output or persona
-    with Steps() as steps:
+    with claimed(path), Steps() as steps:
         result = find(adapter, model, path, limit, threads=threads, by=by, progress=steps.update)
     if as_json:
         click.echo(json.dumps(result, indent=2))
@@ -116,7 +119,7 @@ def calibrate(
 @output_option
 @click.option(
     "--margin",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.05,
     show_default=True,
     help="KL recovered that may be lost before it is recompiled.",

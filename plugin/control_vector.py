@@ -11,15 +11,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from typing import TYPE_CHECKING, Any
 
 from superego.adapter import own_metadata, write_out
 from superego.atomic import replacing
 from superego.errors import SuperegoError
-from superego.gguf_file import Header, read_header
+from superego.gguf_file import Header, read_header, read_tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ARCHITECTURE = "controlvector"
 _NAME = re.compile(r"direction\.([1-9]\d{0,4})")
@@ -64,6 +64,9 @@ def write_vector(
 
     `model_hint` is the base's architecture; llama.cpp's loader checks nothing of it.
     """
+    import numpy as np
+    from gguf import GGUFWriter
+
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
@@ -79,11 +82,13 @@ def write_vector(
             if layer < 1 or not np.isfinite(direction).all():
                 raise SuperegoError(f"{path}: direction of layer {layer} cannot be written")
             writer.add_tensor(f"direction.{layer}", direction.astype(np.float32))
-        write_out(writer)
+        write_out(writer, temporary)
 
 
 def read_vector(path: Path) -> ControlVector:
     """Read a control vector and check everything that needs no base; raises SuperegoError."""
+    import numpy as np
+
     header = read_header(path)
     if not is_vector(header):
         raise SuperegoError(
@@ -91,7 +96,6 @@ def read_vector(path: Path) -> ControlVector:
             f"'{ARCHITECTURE}'; this is not a control vector"
         )
     directions: dict[int, np.ndarray] = {}
-    raw = np.memmap(path, np.uint8, mode="r")
     width = None
     for name, tensor in header.tensors.items():
         match = _NAME.fullmatch(name)
@@ -99,7 +103,7 @@ def read_vector(path: Path) -> ControlVector:
             raise SuperegoError(
                 f"{path}: tensor '{name}' is not direction.<layer>, from layer 1 on"
             )
-        if tensor.type != GGMLQuantizationType.F32 or len(tensor.shape) != 1 or not tensor.shape[0]:
+        if tensor.type.name != "F32" or len(tensor.shape) != 1 or not tensor.shape[0]:
             raise SuperegoError(
                 f"{path}: tensor '{name}' is {tensor.type.name} {tensor.shape}, expected a "
                 "one-dimensional F32 vector"
@@ -109,7 +113,7 @@ def read_vector(path: Path) -> ControlVector:
             raise SuperegoError(
                 f"{path}: tensor '{name}' has {tensor.shape[0]} values, another has {width}"
             )
-        values = raw[tensor.offset : tensor.offset + tensor.n_bytes].view("<f4")
+        values = read_tensor(tensor)
         if not np.isfinite(values).all():
             raise SuperegoError(f"{path}: tensor '{name}' holds values that are not finite")
         directions[int(match[1])] = np.array(values, np.float32)

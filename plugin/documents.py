@@ -19,6 +19,7 @@ import yaml
 
 from superego.dates import parse_date, parse_timestamp
 from superego.errors import SuperegoError
+from superego.manifesto import MAX_FRONT_MATTER
 from superego.provenance import Document, one_line, parse_header, tagged
 
 _TEXT = {".txt", ".text", ".md", ".markdown"}
@@ -167,6 +168,8 @@ def _front_matter(lines: list[str]) -> tuple[dict[str, str], int]:
     end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
     if end is None:
         return {}, 0  # a rule, not front matter
+    if sum(map(len, lines[1:end])) > MAX_FRONT_MATTER:
+        raise _Unreadable(f"front matter of more than {MAX_FRONT_MATTER:,} characters")
     try:
         # BaseLoader leaves dates as they were written, impossible ones too
         loaded = yaml.load("\n".join(lines[1:end]), Loader=yaml.BaseLoader)

@@ -56,7 +56,7 @@ def kept_references(adapter: Adapter, base: Header) -> list[Exchange]:
             for exchange in exchanges
             for side in exchange
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise SuperegoError(

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from superego.errors import SuperegoError
 from superego.gguf_file import Header, TensorInfo, metadata_spans
 
 _BLOCK = 8 << 20  # bytes copied at once
@@ -42,7 +43,7 @@ def copy_gguf(
     """Write `source` to `target`: `keys` replaced or added, `changed` tensors by `write`.
 
     `shapes` are those of changed tensors that get another one. Everything else is copied in its
-    order. Raises OSError where the disk is full.
+    order. Raises OSError where the disk is full, SuperegoError where `source` was cut short.
     """
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()} | dict(shapes or {})
     spans = metadata_spans(source)
@@ -83,7 +84,7 @@ def _copy(old: BinaryIO, new: BinaryIO, start: int, length: int) -> None:
     while length:
         block = old.read(min(length, _BLOCK))
         if not block:
-            raise OSError(f"{old.name} ended early; did something else change it?")
+            raise SuperegoError(f"{old.name}: ended early; did something else change it?")
         new.write(block)
         length -= len(block)
 

@@ -9,6 +9,7 @@ import datetime
 import getpass
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from superego.errors import SuperegoError
@@ -48,21 +49,22 @@ def manifesto_of(adapter: Persona) -> Manifesto:
 
 def blend_parts(adapter: Persona) -> list[dict[str, Any]]:
     """What a blend is made of: name, scale, file hash and manifesto hash of each part."""
-    return _entries(adapter, "blend", ("name", "scale"))
+    return _entries(adapter, "blend", {"name": str, "scale": (int, float)})
 
 
 def history_of(adapter: Persona) -> list[dict[str, Any]]:
     """What was done after the first compile, oldest first; empty where nothing was."""
-    return _entries(adapter, "history", ("action", "date"))
+    return _entries(adapter, "history", {"action": str, "date": str})
 
 
-def _entries(adapter: Persona, key: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+def _entries(adapter: Persona, key: str, needed: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         found = json.loads(adapter.own.get(key, "[]"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(
-        isinstance(e, dict) and all(name in e for name in needed) for e in found
+        isinstance(e, dict) and all(isinstance(e.get(k), kind) for k, kind in needed.items())
+        for e in found
     ):
         raise SuperegoError(f"{adapter.path}: superego.{key} is damaged (expected a JSON list)")
     return found

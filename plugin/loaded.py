@@ -7,7 +7,6 @@ vector. Does not know whose context it is.
 from __future__ import annotations
 
 import ctypes
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,8 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from superego.adapter import Adapter
+from superego.atomic import temporary_folder
 from superego.control_vector import ControlVector
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.pairs import has_slot, slot_scales, write_slot
 from superego.persona import Persona
 
@@ -32,13 +33,19 @@ class Loaded:
         self._adapter = adapter
         self._slot: Any = None
         self.slotted = has_slot(adapter)
+        check_unchanged(adapter.header)  # what was checked is what is loaded
         self.whole = _init(model, adapter.path)
+        try:
+            check_unchanged(adapter.header)
+        except SuperegoError:
+            self.free()
+            raise
 
     def slot(self) -> Any:
         """The handle of the slot alone, loaded when first needed."""
         if self._slot is None:
-            with tempfile.TemporaryDirectory(prefix="superego-") as folder:
-                path = Path(folder) / "slot.gguf"
+            with temporary_folder() as folder:
+                path = folder / "slot.gguf"
                 write_slot(self._adapter, path)
                 self._slot = _init(self._model, path)
         return self._slot

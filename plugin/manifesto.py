@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from superego.front_matter import FrontMatter
 
 MAX_BYTES = 1_000_000  # beyond any context; refused before it is decoded
+MAX_FRONT_MATTER = 16_000  # characters; YAML is read slowly, in time that grows faster than it
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def read_manifesto(path: Path) -> Manifesto:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise SuperegoError(f"{path}: no such file (expected a Markdown manifesto)") from None
-    except OSError as error:
-        raise SuperegoError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise SuperegoError(f"{path}: cannot be read: {reason}") from None
     if len(raw) > MAX_BYTES:
         raise SuperegoError(
             f"{path}: manifesto is over {MAX_BYTES:,} bytes; a manifesto must fit the context"
@@ -86,7 +88,7 @@ def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> M
     if front is None:
         return Manifesto(default_name, body)
     return Manifesto(
-        name=front.name or default_name,
+        name=front.name or "".join(c if c.isprintable() else "_" for c in default_name),
         body=body,
         description=front.description,
         version=front.version,
@@ -99,17 +101,25 @@ def _front_matter(text: str, where: str) -> FrontMatter:
     import yaml
     from pydantic import ValidationError
 
-    from superego.front_matter import FrontMatter
+    from superego.front_matter import FrontMatter, PlainLoader
 
+    if len(text) > MAX_FRONT_MATTER:
+        raise SuperegoError(
+            f"{where}: front matter has {len(text):,} characters, expected at most "
+            f"{MAX_FRONT_MATTER:,}; what the model is to read goes below it"
+        )
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, Loader=PlainLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         # +2: the mark counts from zero, and the opening '---' is line 1
         line = f" on line {mark.line + 2}" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise SuperegoError(f"{where}: front matter is broken{line}: {problem}") from None
-    except (RecursionError, ValueError) as error:
+    except RecursionError:
+        raise SuperegoError(f"{where}: front matter is broken: it is nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # PyYAML lets through what impossible numbers and dates make it raise
         raise SuperegoError(f"{where}: front matter is broken: {error}") from None
     if loaded is None:
         return FrontMatter()

@@ -5,6 +5,8 @@ Knows click and how results are shown. Holds no command.
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +18,37 @@ import click
 from superego import completion
 from superego.adapter import Adapter, read_adapter, same_weights, split_scale
 from superego.base import BaseModel
-from superego.errors import SuperegoError
+from superego.claims import claimed
+from superego.errors import SuperegoError, printable
 from superego.persona import Persona
 
 F = TypeVar("F", bound=Callable[..., Any])
 EFFORTS = ["quick", "standard", "thorough"]
+MAX_THREADS = 512  # llama.cpp ends the process on more
+_MAX_PROMPTS = 1 << 20  # bytes
+
+
+class OutputPath(click.Path):
+    """A file that the command writes, which no other superego may write meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if ctx is not None and not ctx.resilient_parsing:
+            ctx.with_resource(claimed(path))
+        return path
+
+
+class FiniteRange(click.FloatRange):
+    """Numbers in a range; not nan, which is in every range as comparisons go."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def base_option(command: F) -> F:
@@ -40,9 +68,7 @@ def persona_argument(command: F) -> F:
     )(command)
 
 
-output_option = click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf"
-)
+output_option = click.option("-o", "--output", required=True, type=OutputPath(), metavar="OUT.gguf")
 effort_option = click.option(
     "--effort",
     type=click.Choice(EFFORTS),
@@ -52,11 +78,18 @@ by_option = click.option(
     "--by", metavar="NAME", help="Who did it, for the log; your login name by default."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Processors to use; all by default."
+    "--threads", type=click.IntRange(1, MAX_THREADS), help="Processors to use; all by default."
+)
+n_ctx_option = click.option(
+    "--n-ctx",
+    type=click.IntRange(64, 1 << 24),
+    default=4096,
+    show_default=True,
+    help="Tokens of a conversation.",
 )
 gpu_layers_option = click.option(
     "--gpu-layers",
-    type=click.IntRange(-1),
+    type=click.IntRange(-1, 1 << 16),
     default=-1,
     show_default=True,
     help="Layers on the GPU, where llama.cpp was built for one (Metal on macOS); -1: all.",
@@ -88,9 +121,13 @@ def parse_persona(text: str) -> tuple[Adapter, float]:
 def lines_of(path: Path) -> list[str]:
     """The prompts of a file, one a line; raises SuperegoError."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        with path.open("rb") as file:
+            raw = file.read(_MAX_PROMPTS + 1)
+        lines = raw.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SuperegoError(f"{path}: cannot be read as text: {error}") from None
+    if len(raw) > _MAX_PROMPTS:
+        raise SuperegoError(f"{path}: over {_MAX_PROMPTS:,} bytes of prompts")
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise SuperegoError(f"{path}: holds no prompts (expected one a line)")
@@ -121,7 +158,8 @@ def say(pieces: Iterator[str]) -> None:
 
 def table(values: dict[str, Any]) -> str:
     width = max((len(str(k)) for k in values), default=0)
-    return "\n".join(f"{k!s:<{width}}  {_value(v)}" for k, v in values.items())
+    rows = (f"{k!s:<{width}}  {_value(v)}" for k, v in values.items())
+    return "\n".join(printable(row, "\n\t") for row in rows)
 
 
 def _value(value: Any) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from gguf import GGMLQuantizationType, dequantize
+from gguf import GGMLQuantizationType
 
 from superego.adapter import Adapter, read_adapter, write_adapter
 from superego.atomic import replacing
 from superego.gguf_copy import Value, copy_gguf
-from superego.gguf_file import TensorInfo
+from superego.gguf_file import TensorInfo, check_unchanged, read_tensor
 
 _SLOT_MATRICES = ("ffn_gate.weight", "ffn_up.weight", "attn_k.weight", "attn_v.weight")
 
@@ -27,19 +27,13 @@ def read_pairs(
 
     All of them, or those named.
     """
-    raw = np.memmap(adapter.path, np.uint8, mode="r")
-
-    def array(tensor: TensorInfo) -> np.ndarray:
-        flat = raw[tensor.offset : tensor.offset + tensor.n_bytes]
-        rows = flat.reshape(tensor.shape[0], -1)
-        return np.array(dequantize(rows, tensor.type), np.float32).reshape(tensor.shape)
-
     found = {}
     for name in adapter.pairs if names is None else names:
         a, b = adapter.pairs[name]
         # alpha 0 means that llama.cpp does not divide by the rank
         scale = adapter.alpha / b.shape[1] if adapter.alpha else 1.0
-        found[name] = array(a), array(b) * np.float32(scale)
+        first, second = (np.array(read_tensor(half), np.float32) for half in (a, b))
+        found[name] = first, second * np.float32(scale)
     return found
 
 
@@ -117,8 +111,10 @@ def write_copy(
         file.write(matrices[tensor.name].tobytes())
 
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    check_unchanged(adapter.header)
     with replacing(path) as temporary:
         copy_gguf(adapter.header, temporary, changed, kinds, write, shapes=shapes)
+        check_unchanged(adapter.header)
     read_adapter(path)
 
 
@@ -136,11 +132,9 @@ def copy_adapter(
     matrices = {}
     if strength != 1.0:
         fixed = slot_ranks(adapter)
-        raw = np.memmap(adapter.path, np.uint8, mode="r")
         for name, (_, b) in adapter.pairs.items():
-            rows = raw[b.offset : b.offset + b.n_bytes].reshape(b.shape[0], -1)
             kept = fixed.get(name, np.zeros(b.shape[1], bool))
-            values = dequantize(rows, b.type).reshape(b.shape) * np.where(kept, 1.0, strength)
+            values = read_tensor(b) * np.where(kept, 1.0, strength)
             half = b.type == GGMLQuantizationType.F16
             matrices[b.name] = values.astype(np.float16 if half else np.float32)
     write_copy(adapter, output, metadata, matrices)

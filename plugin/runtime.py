@@ -10,9 +10,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+import psutil
+
 from superego.base import BaseModel
 from superego.errors import SuperegoError
-from superego.state_file import KV_TYPES
+from superego.loadable import check_loadable
+from superego.state_file import KV_TYPES, layout
+from superego.template import check_templates
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -54,6 +59,9 @@ def load(
     import llama_cpp
 
     silence()
+    check_loadable(base.header)
+    _check_context(base, n_ctx, kv_type)
+    check_templates(base.header)  # which llama-cpp-python compiles, without limits
     try:
         return llama_cpp.Llama(
             str(base.path),
@@ -70,8 +78,26 @@ def load(
             seed=seed,
             verbose=False,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, jinja2.TemplateError) as error:
         raise SuperegoError(f"{base.path}: llama.cpp cannot load it: {error}") from None
+
+
+def _check_context(base: BaseModel, n_ctx: int, kv_type: str) -> None:
+    """Refuse a context whose keys and values do not fit the memory that is free."""
+    import llama_cpp
+
+    if llama_cpp.llama_supports_gpu_offload():
+        return  # they lie in another memory
+    try:
+        needed = n_ctx * layout(base.header, kv_type).cell_bytes
+    except SuperegoError:  # llama.cpp may know caches that sessions do not
+        return
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise SuperegoError(
+            f"a context of {n_ctx:,} tokens takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "of memory are free; give a smaller --n-ctx"
+        )
 
 
 def tokenize(llm: Llama, text: str) -> list[int]:

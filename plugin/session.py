@@ -24,6 +24,7 @@ from superego.atomic import check_writable, replacing
 from superego.base import BaseModel
 from superego.dialogue import encode
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.manifesto import Manifesto
 from superego.persona import Persona
 from superego.state_file import KV_TYPES, MAGIC, VERSION, State, layout, parse
@@ -104,6 +105,12 @@ def read_sidecar(path: Path) -> Sidecar:
         raise Unfit(f"{beside}: {where}: {first['msg']}", useless=True) from None
 
 
+def check_session_writable(path: Path, *inputs: Path) -> None:
+    """Refuse a session file that cannot be written, or whose sidecar cannot be."""
+    check_writable(path, *inputs)
+    check_writable(sidecar_path(path), *inputs)
+
+
 def prefix_of(llm: Llama, template: ChatTemplate, manifesto: str) -> list[int]:
     """The tokens that every conversation under this manifesto starts with."""
     return encode(llm, template, manifesto, []).prefix
@@ -122,7 +129,7 @@ def save_session(
     `llm` is on `model` with flash attention and with `adapters` attached. Raises
     SuperegoError for a manifesto that does not fit the context.
     """
-    check_writable(path)
+    check_session_writable(path, *model.files)
     tokens = prefix_of(llm, ChatTemplate(model.header), manifesto.body)
     prefill(llm, tokens, progress)
     return _save(llm, model, manifesto, tokens, path, adapters)
@@ -163,7 +170,12 @@ def write_session(
     cells: int,
     adapters: Adapters,
 ) -> None:
-    """Write a state and its sidecar. The sidecar goes last: without it nothing is used."""
+    """Write a state and its sidecar: both whole, then both at once.
+
+    Between the two moves the sidecar's hash is another state's: such a session is made anew from
+    the text that the sidecar holds when it is opened.
+    """
+    check_unchanged(model.header, *(adapter.header for adapter, _ in adapters))
     sidecar = Sidecar(
         superego=superego.__version__,
         llama_cpp_python=package_version("llama_cpp_python"),
@@ -189,10 +201,10 @@ def write_session(
         state_bytes=len(data),
         state_sha256=_sha256(data),
     )
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-    with replacing(sidecar_path(path)) as temporary:
-        temporary.write_text(sidecar.model_dump_json(indent=1) + "\n", "utf-8")
+    with replacing(sidecar_path(path)) as beside:
+        beside.write_text(sidecar.model_dump_json(indent=1) + "\n", "utf-8")
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
 
 
 def check_session(

@@ -90,14 +90,16 @@ def layout(header: Header, kv_type: str) -> Layout:
         n_head = int(value(f"{architecture}.attention.head_count", 0))
         d_model = int(value(f"{architecture}.embedding_length", 0))
         kv = value(f"{architecture}.attention.head_count_kv", n_head)
+        if not 0 < n_layer < 10_000:
+            raise ValueError(f"block_count is {n_layer}")
         heads = [int(h) for h in kv] if isinstance(kv, list) else [int(kv)] * n_layer
         head_dim = d_model // n_head
         key = int(value(f"{architecture}.attention.key_length", head_dim))
         val = int(value(f"{architecture}.attention.value_length", head_dim))
         n_vocab = header.tensors["token_embd.weight"].shape[0]
-    except (TypeError, ValueError, ZeroDivisionError, KeyError) as error:
+    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
         raise SuperegoError(f"{header.path}: its metadata gives no cache sizes: {error}") from None
-    if len(heads) != n_layer or not 0 < n_layer < 10_000:
+    if len(heads) != n_layer:
         raise SuperegoError(f"{header.path}: head_count_kv has {len(heads)} of {n_layer} layers")
     kind = KV_TYPES[kv_type]
     block, size = GGML_QUANT_SIZES[kind]

@@ -1,4 +1,4 @@
-"""Chat templates: the GGUF's own Jinja template, rendered in jinja2's sandbox.
+"""Chat templates: the GGUF's own Jinja template, rendered in a sandbox in another process.
 
 Knows messages and text. Does not know tokens. A manifesto is only ever a value here,
 never a template.
@@ -6,49 +6,29 @@ never a template.
 
 from __future__ import annotations
 
-import datetime
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from superego.errors import SuperegoError
 from superego.gguf_file import Header
+from superego.template_process import Failed, Limit, Refused, check, render
 
 Message = dict[str, str]
 _MARK = "superego-probe-7d1f"
-
-
-class _Refused(Exception):
-    """The template called raise_exception."""
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _Refused(message)
+_KEY = "tokenizer.chat_template"
 
 
 class ChatTemplate:
     """A base model's chat template and how it takes a system message."""
 
     def __init__(self, header: Header) -> None:
-        self.source = header.text("tokenizer.chat_template")
+        self.source = header.text(_KEY)
         self._path = header.path
         if not self.source:
             raise SuperegoError(
                 f"{header.path}: has no chat template (tokenizer.chat_template); "
                 "Superego needs an instruction-tuned model, not a bare pretrained one"
             )
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        # A fixed day: a template that prints today's date must not change a compile.
-        day = datetime.datetime(2026, 1, 1)
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=day.strftime)
-        environment.filters["tojson"] = _tojson
-        try:
-            self._template = environment.from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise SuperegoError(f"{header.path}: chat template is broken: {error}") from None
+        check_templates(header)
         tokens = header.metadata.get("tokenizer.ggml.tokens", [])
         self._special = {
             f"{name}_token": _token(tokens, header.metadata.get(f"tokenizer.ggml.{name}_token_id"))
@@ -66,31 +46,45 @@ class ChatTemplate:
             messages = _fold(messages)
         try:
             return self._render(messages, reply)
-        except _Refused as error:
+        except Refused as error:
             raise SuperegoError(f"{self._path}: chat template refuses: {error}") from None
+        except Limit as error:
+            raise SuperegoError(_too_much(self._path, error)) from None
+        except Failed as error:
+            raise SuperegoError(f"{self._path}: chat template fails: {error}") from None
 
     def _render(self, messages: list[Message], reply: bool) -> str:
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=reply, **self._special
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise SuperegoError(f"{self._path}: chat template fails: {error}") from None
+        values = {"messages": messages, "add_generation_prompt": reply, **self._special}
+        return render(self.source, values)
 
     def _probe_system_role(self) -> bool:
         messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "hi"}]
         try:
             return _MARK in self._render(messages, True)
-        except (_Refused, SuperegoError):
+        except Limit as error:
+            raise SuperegoError(_too_much(self._path, error)) from None
+        except Failed:
             return False
+
+
+def check_templates(header: Header) -> None:
+    """Compile every template of a file; raises SuperegoError for a broken or boundless one.
+
+    llama-cpp-python compiles all of them when it opens the file, in this process, and constant
+    expressions such as 9 ** 9 ** 9 are computed then.
+    """
+    for key, source in header.metadata.items():
+        if isinstance(source, str) and (key == _KEY or key.startswith(f"{_KEY}.")):
+            try:
+                check(source)
+            except Limit as error:
+                raise SuperegoError(_too_much(header.path, error)) from None
+            except Failed as error:
+                raise SuperegoError(f"{header.path}: chat template is broken: {error}") from None
+
+
+def _too_much(path: object, error: Limit) -> str:
+    return f"{path}: chat template {error}; no model's does: do not use this file"
 
 
 def _fold(messages: list[Message]) -> list[Message]:
@@ -104,12 +98,6 @@ def _token(tokens: Any, index: Any) -> str:
     if isinstance(tokens, list) and isinstance(index, int) and 0 <= index < len(tokens):
         return str(tokens[index])
     return ""
-
-
-def _tojson(value: object, indent: int | None = None) -> str:
-    import json  # jinja2's own filter escapes HTML, which prompts must not have
-
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def conversation(system: str | None, user: str) -> list[Message]:

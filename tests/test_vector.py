@@ -198,7 +198,7 @@ def raw(path: Path, tensors: dict[str, np.ndarray], architecture: str = "control
     writer = GGUFWriter(path, architecture)
     for name, values in tensors.items():
         writer.add_tensor(name, values)
-    write_out(writer)
+    write_out(writer, path)
     return path
 
 
