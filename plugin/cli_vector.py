@@ -13,14 +13,21 @@ import click
 from superego.base import open_base
 from superego.bundled import find_manifesto
 from superego.errors import SuperegoError
-from superego.options import base_option, converter, json_option, table, threads_option
+from superego.options import (
+    base_option,
+    converter,
+    json_option,
+    output_option,
+    table,
+    threads_option,
+)
 from superego.progress import Steps
 
 
 @click.command()
 @click.argument("manifesto")
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
+@output_option
 @click.option(
     "--effort",
     type=click.Choice(["quick", "standard", "thorough"]),
