@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 UNSEEN = 48  # conversations that are measured on; no compile fits them, thorough's neither
-_SHORT = 60.0  # seconds: under this budget only the first two blocks are written
+_SHORT = 80.0  # seconds: under this budget only the first two blocks are written
 _SHORTEST = 25.0  # under this one only the first
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
 
@@ -150,8 +150,6 @@ def _run(
         student.add(options.rank, options.targets, options.seed)
     student.keep_slot()
     blocks = 1 if budget < _SHORTEST else 2 if budget < _SHORT else len(BLOCKS)
-    if start is not None:
-        blocks = len(BLOCKS)  # what the start has not seen teaches most
     conversations, _ = write_replies(
         llm,
         opened.base,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from superego import completion
-from superego.adapter import read_adapter
+from superego.adapter import check_fit, read_adapter
 from superego.atomic import check_writable
 from superego.base import open_base
 from superego.bundled import find_manifesto
@@ -134,6 +134,7 @@ def refine(
     module = converter("distill")
     options = module.Options(minutes, seed=seed, threads=threads, resume=resume)
     model = open_base(base)
+    check_fit(adapter, model.header)
     warn_other_weights(adapter, model)
     own = (examples, converter("examples").read_examples(examples)) if examples else None
     with Steps() as steps:

@@ -1,0 +1,206 @@
+"""Distil and refine: they learn, never make worse, keep what they have, and refuse bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refused, run, tiny_model
+
+from superego.adapter import read_adapter
+from superego.base import BaseModel, open_base
+from superego.bundled import bundled
+from superego.converters import training
+from superego.converters.compile import Settings, compile_manifesto, open_for_compile
+from superego.converters.distill import Options, changes_of, distill, refine
+from superego.converters.streams import Conversation, Pack, predictions
+from superego.converters.student import Student
+from superego.pairs import has_slot
+from superego.progress import Steps
+from superego.runtime import load
+
+MINUTES = 0.08
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    path = tiny_model(tmp_path_factory.mktemp("tiny") / "base.gguf", context_length=2048)
+    return open_base(str(path))
+
+
+@pytest.fixture(scope="module")
+def closed(tiny: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled adapter on the tiny model."""
+    out = tmp_path_factory.mktemp("closed") / "terse.gguf"
+    compile_manifesto(bundled()["terse"], tiny, out, Settings.for_effort("quick", rank=4))
+    return out
+
+
+def test_distilling_learns_what_the_manifesto_does(tiny: BaseModel, tmp_path: Path) -> None:
+    out = tmp_path / "terse.gguf"
+    report = distill(bundled()["terse"], tiny, out, Options(MINUTES, rank=4))
+    assert report["kl recovered on unseen references"] > 0.1
+    assert abs(report["kl recovered at the start"]) < 0.03  # nothing, but for rounding
+    adapter = read_adapter(out)
+    assert adapter.own["method"] == "distill"
+    assert adapter.own["manifesto"] == bundled()["terse"].body
+    assert {name.split(".")[2] for name in adapter.pairs} == set(Options(1).targets)
+    assert not out.with_name(out.name + ".training").exists()
+
+
+def test_a_trained_adapter_is_what_llama_cpp_applies(
+    smollm2: BaseModel, pirate: Path, tmp_path: Path
+) -> None:
+    """A few steps on the real model: the walk's KL and llama.cpp's agree on the file."""
+    from superego.evaluate import evaluate
+
+    out = tmp_path / "refined.gguf"
+    report = refine(read_adapter(pirate), smollm2, out, Options(0.4))
+    assert report["kl recovered on unseen references"] >= report["kl recovered at the start"]
+    prompts = ["What is a good breakfast?", "How do I fix a bicycle tyre?", "Tell me about rain."]
+    before, after = evaluate(
+        smollm2,
+        bundled()["pirate"].body,
+        [(read_adapter(pirate), 1.0), (read_adapter(out), 1.0)],
+        prompts,
+        max_tokens=24,
+    )
+    assert has_slot(read_adapter(out))
+    assert after.kl_recovered.value > before.kl_recovered.value - 0.05
+    assert after.kl_recovered.value > 0.7
+
+
+def test_a_student_is_the_adapter_it_starts_from(smollm2: BaseModel, pirate: Path) -> None:
+    """Read from a file, slot and all, its forward pass is the walk's, and so is what it gives."""
+    torch.set_grad_enabled(False)
+    llm = load(smollm2, vocab_only=True)
+    with Steps(quiet=True) as steps:
+        base = open_for_compile(smollm2, llm, steps).base
+    changes, slot = changes_of(read_adapter(pirate))
+    assert slot is not None
+    prefix = llm.tokenize(b"<|im_start|>system\nYou are", add_bos=False, special=True)
+    pack = Pack([Conversation([9, 20, 31], [40, 50]), Conversation([7], [8, 9, 10])], prefix)
+    student = Student(base, changes, slot)
+    wanted = predictions(base, pack, changes)
+    found = student.forward(pack)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02  # bfloat16
+    again = predictions(base, pack, student.changes())
+    assert float((again - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_refining_is_never_worse_and_says_when_it_gained_nothing(
+    tiny: BaseModel, closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    better = refine(read_adapter(closed), tiny, tmp_path / "better.gguf", Options(MINUTES))
+    assert better["kl recovered on unseen references"] >= better["kl recovered at the start"]
+    worse_and_worse = itertools.count(1.0)
+    monkeypatch.setattr(training.Unseen, "of", lambda self, student: next(worse_and_worse))
+    worse = refine(read_adapter(closed), tiny, tmp_path / "same.gguf", Options(MINUTES))
+    assert worse["better than its start"] is False
+    assert (tmp_path / "same.gguf").read_bytes() == closed.read_bytes()
+
+
+def test_ctrl_c_keeps_the_best_and_resume_goes_on(
+    tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "terse.gguf"
+    taken = 0
+    step = training._Run.step
+
+    def interrupted(self: Any, *arguments: Any) -> float:
+        nonlocal taken
+        taken += 1
+        if taken > 30:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(training._Run, "step", interrupted)
+    first = distill(bundled()["terse"], tiny, out, Options(0.5, rank=4))
+    assert first["interrupted"]
+    assert first["steps"] == 30
+    assert read_adapter(out).pairs
+    monkeypatch.setattr(training._Run, "step", step)
+    options = Options(MINUTES, rank=4, resume=True)
+    second = distill(bundled()["terse"], tiny, out, options)
+    assert second["steps"] > 30
+    assert not out.with_name(out.name + ".training").exists()
+
+
+def test_own_examples_are_learnt(tiny: BaseModel, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Ahoy there"}]
+    chats.write_text(json.dumps({"messages": [{"role": "system", "content": "x"}, *turn, *turn]}))
+    out = tmp_path / "a.gguf"
+    result = run(
+        *("distill", "terse", "--base", str(tiny.path), "-o", str(out), "--minutes", str(MINUTES)),
+        *("--examples", str(chats), "--rank", "2", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["own examples"] == 2
+
+
+USER = '{"role": "user", "content": "Hi"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("nonsense", "line 2: is not JSON"),
+        ("[1]", "line 2: has no list 'messages'"),
+        ('{"messages": []}', "line 2: has no list 'messages'"),
+        ('{"messages": [7]}', "message 1: is not an object"),
+        (f'{{"messages": [{USER}, {USER}]}}', "message 2: role is 'user', expected 'assistant'"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "role is 'tool', expected 'user'"),
+        ('{"messages": [{"role": "user", "content": " "}]}', "content is empty"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "content is of type int"),
+        (f'{{"messages": [{USER}]}}', "must end with an assistant's message"),
+        (
+            f'{{"messages": [{USER}, {{"role": "assistant", "content": "{"long " * 3000}"}}]}}',
+            "the model's context has",
+        ),
+    ],
+)
+def test_examples_are_checked_line_by_line(
+    tiny: BaseModel, tmp_path: Path, line: str, said: str
+) -> None:
+    good = f'{{"messages": [{USER}, {{"role": "assistant", "content": "Ho"}}]}}'
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(good + "\n" + line + "\n")
+    out = tmp_path / "a.gguf"
+    message = refused(
+        *("distill", "terse", "--base", str(tiny.path), "-o", str(out)),
+        *("--minutes", "1", "--examples", str(chats)),
+    )
+    assert said in message
+    assert "line 2" in message
+    assert not out.exists()
+
+
+def test_a_budget_of_nothing_and_unknown_targets_are_refused(
+    tiny: BaseModel, closed: Path, tmp_path: Path
+) -> None:
+    base = ("--base", str(tiny.path), "-o", str(tmp_path / "a.gguf"))
+    assert "expected more than 0" in refused("refine", str(closed), *base, "--minutes", "0")
+    assert "expected more than 0" in refused("distill", "terse", *base, "--minutes", "nan")
+    assert "attn_q" in refused("distill", "terse", *base, "--targets", "head")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_an_adapter_for_another_base_is_refused(closed: Path, tmp_path: Path) -> None:
+    message = refused("refine", str(closed), "--base", "smollm2", "-o", str(tmp_path / "a.gguf"))
+    assert "another base" in message
+
+
+def test_without_torch_the_extra_is_named(
+    closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("superego.converters.distill")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    out = str(tmp_path / "a.gguf")
+    assert "superego[convert]" in refused("refine", str(closed), "--base", "smollm2", "-o", out)
