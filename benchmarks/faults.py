@@ -48,8 +48,11 @@ def run(words: list[str], log: Path, after: float | None, number: int) -> tuple[
         except SystemExit as error:
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             code = int(error.code or 0)
-        except BaseException:
-            if code == 99:
+        except BaseException as error:
+            begun = len(traceback.extract_tb(error.__traceback__)) > 3  # past click's entry
+            if isinstance(error, KeyboardInterrupt) and not begun:
+                code = 130
+            elif code == 99:
                 traceback.print_exc()
         os._exit(code)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

@@ -468,7 +468,8 @@ class Bench:
 
     @staticmethod
     def _load(llm: Any, evaluate: bool = False) -> None:
-        from superego.runtime import control_tokens, stop_tokens, tokenize
+        from superego.prompt import control_tokens
+        from superego.runtime import stop_tokens, tokenize
 
         tokens = tokenize(llm, "<|im_start|>user\nHi")
         stop_tokens(llm)

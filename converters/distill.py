@@ -33,6 +33,7 @@ from superego.converters.student import MATRICES, Student
 from superego.converters.training import Lessons, Outcome, Plan, Unseen, train
 from superego.errors import SuperegoError
 from superego.exchanges import kept_references
+from superego.gguf_file import check_unchanged
 from superego.history import manifesto_of, with_entry
 from superego.manifesto import Manifesto
 from superego.pairs import read_pairs, slot_ranks
@@ -125,7 +126,11 @@ def _run(
     started = time.perf_counter()
     budget = options.minutes * 60
     steps = steps or Steps(quiet=True)
-    check_writable(output)
+    own_files = [examples[0]] if examples is not None else []
+    check_writable(output, *model.files, *own_files)
+    checkpoint = output.with_name(output.name + ".training")
+    check_writable(checkpoint, *model.files, *own_files, *([start.path] if start else []))
+    settings = _settings(options, start)
     torch.set_num_threads(options.threads or default_threads())
     torch.set_grad_enabled(False)
     llm = opened.llm if opened else load(model, threads=options.threads, vocab_only=True)
@@ -170,7 +175,6 @@ def _run(
             "give more minutes"
         )
     rate = _DISTILL_RATE if start is None else _REFINE_RATE
-    checkpoint = output.with_name(output.name + ".training")
     key = _key(method, model, manifesto, options, start, [*lessons, *own])
     outcome = train(
         student,
@@ -187,12 +191,13 @@ def _run(
         key,
         options.resume,
     )
+    check_unchanged(model.header, *([start.header] if start is not None else []))
     if start is not None and not outcome.gained:
         copied = start.path.read_bytes()
         with replacing(output) as temporary:
             temporary.write_bytes(copied)
     else:
-        _write(method, output, manifesto, model, options, start, outcome, conversations, unseen_n)
+        _write(method, output, manifesto, model, settings, start, outcome, conversations, unseen_n)
     if not outcome.interrupted:
         checkpoint.unlink(missing_ok=True)
     return _report(method, output, options, start, outcome, lessons, own, writing, checkpoint)
@@ -261,12 +266,29 @@ def _key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _settings(options: Options, start: Adapter | None) -> dict[str, Any]:
+    """What is recorded: those that the start was made with, and the training's own."""
+    try:
+        before = json.loads(start.own.get("settings", "{}")) if start is not None else {}
+        if not isinstance(before, dict):
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
+        path = start.path if start is not None else ""
+        raise SuperegoError(f"{path}: superego.settings is damaged") from None
+    return {
+        **before,
+        "minutes": options.minutes,
+        "training seed": options.seed,
+        **({"rank": options.rank, "targets": options.targets} if start is None else {}),
+    }
+
+
 def _write(
     method: str,
     output: Path,
     manifesto: Manifesto,
     model: BaseModel,
-    options: Options,
+    settings: dict[str, Any],
     start: Adapter | None,
     outcome: Outcome,
     conversations: Sequence[Conversation],
@@ -285,22 +307,14 @@ def _write(
         "superego.manifesto": manifesto.body,
         "superego.manifesto.sha256": manifesto.sha256,
         "superego.base.fingerprint": model.fingerprint,
-        "superego.settings": json.dumps(
-            {
-                **(json.loads(start.own.get("settings", "{}")) if start else {}),
-                "minutes": options.minutes,
-                "training seed": options.seed,
-                **({"rank": options.rank, "targets": options.targets} if start is None else {}),
-            },
-            sort_keys=True,
-        ),
+        "superego.settings": json.dumps(settings, sort_keys=True),
         "superego.reference_tokens": sum(len(c.prompt) + len(c.reply) for c in conversations),
-        "superego.kl_recovered": 1 - outcome.kl_best / outcome.kl_base,
+        "superego.kl_recovered": outcome.recovered,
         "superego.references": stored(model, conversations),
         "superego.references.unseen": unseen,
     }
     if start is not None:
-        note = {"minutes": options.minutes, "recovered": round(outcome.recovered, 4)}
+        note = {"minutes": settings["minutes"], "recovered": round(outcome.recovered, 4)}
         described["superego.history"] = with_entry(start, method, None, **note)
     filled = {key: value for key, value in described.items() if value != ""}
     write_adapter(output, model.architecture, pairs(outcome.changes), filled)
@@ -323,7 +337,7 @@ def _report(
         "method": method,
         "better than its start": outcome.gained,
         "kl recovered on unseen references": round(outcome.recovered, 4),
-        "kl recovered at the start": round(1 - outcome.kl_start / outcome.kl_base, 4),
+        "kl recovered at the start": round(outcome.recovered_at_start, 4),
         "kl base": round(outcome.kl_base, 4),
         "steps": outcome.steps,
         "trained on": len(lessons),

@@ -38,11 +38,15 @@ def read_examples(path: Path) -> list[Example]:
     A system message at the front is left out: the manifesto stands in its place.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise SuperegoError(f"{path}: larger than {_MOST_BYTES >> 20} MB; give a part of it")
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            raise SuperegoError(f"{path}: is not a regular file")
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        lines = raw.decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise SuperegoError(f"{path}: cannot be read as text: {error}") from None
+    if len(raw) > _MOST_BYTES:
+        raise SuperegoError(f"{path}: larger than {_MOST_BYTES >> 20} MB; give a part of it")
     found = [
         Example(number, _messages(f"{path}, line {number}", line))
         for number, line in enumerate(lines, 1)

@@ -22,6 +22,7 @@ from superego.converters.gradients import Divergence
 from superego.converters.streams import Changes, Conversation, Pack, mean_kl, predictions
 from superego.converters.student import Pair, Student
 from superego.converters.transformer import Base, Rows
+from superego.errors import SuperegoError
 
 _CHUNK_ROWS = 384  # attended to at once: conversations of like length, little padding
 _WARM_UP = 8  # steps
@@ -63,6 +64,11 @@ class Outcome:
     def recovered(self) -> float:
         """KL recovered on unseen conversations by what is kept."""
         return 1 - self.kl_best / self.kl_base if self.kl_base > 0 else 0.0
+
+    @property
+    def recovered_at_start(self) -> float:
+        """As `recovered`, before the first step."""
+        return 1 - self.kl_start / self.kl_base if self.kl_base > 0 else 0.0
 
     @property
     def gained(self) -> bool:
@@ -312,7 +318,12 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
         }
         with replacing(path) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError:  # torch's, where the file system took less than all
+                raise SuperegoError(
+                    f"{path}: the state to go on from cannot be written; is the disk full?"
+                ) from None
 
     def load(self, path: Path, key: str) -> dict[str, Any] | None:
         """Take up a checkpoint; None where there is none of this key, or it is damaged."""

@@ -31,6 +31,7 @@ from superego.converters.streams import (
 )
 from superego.converters.transformer import Base
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.manifesto import Manifesto
 from superego.progress import Steps
 from superego.runtime import default_threads, load, peak_memory
@@ -112,7 +113,7 @@ def make_vector(
     """
     steps = steps or Steps(quiet=True)
     started = time.perf_counter()
-    check_writable(output)
+    check_writable(output, *model.files)
     read_shape(model.header)
     torch.set_num_threads(threads or default_threads())
     torch.set_grad_enabled(False)
@@ -182,6 +183,7 @@ def make_vector(
         "superego.vector.scale": float(best),
         "superego.kl_recovered": recovered[best],
     }
+    check_unchanged(model.header)
     write_vector(
         output,
         model.architecture,

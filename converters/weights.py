@@ -192,8 +192,11 @@ class Weights:
     def _floats(kind: GGMLQuantizationType, source: int, target: int, n: int) -> None:
         if kind == GGMLQuantizationType.F32:
             ctypes.memmove(target, source, 4 * n)
-        else:
+            return
+        try:
             _to_float(kind)(source, target, n)
+        except (NotImplementedError, ValueError) as error:  # numpy's stand-in
+            raise SuperegoError(f"tensors of type {kind.name} cannot be read: {error}") from None
 
     def _read(self, info: TensorInfo, out: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Weights from number `first` on into contiguous `out`, by all of torch's threads."""

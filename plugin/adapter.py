@@ -108,6 +108,7 @@ def write_stored(
     from gguf import GGUFValueType, GGUFWriter
 
     kind = kind or np.float16
+    check_text(path, metadata)
     check_adaptable(architecture, stored)
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
@@ -134,6 +135,15 @@ def write_stored(
                     )
                 writer.add_tensor(f"{name}.lora_{suffix}", values)
         write_out(writer, temporary)
+
+
+def check_text(path: Path, metadata: Mapping[str, object]) -> None:
+    """Refuse text that no file holds, as JSON may have it; raises SuperegoError."""
+    for key, value in metadata.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise SuperegoError(f"{path}: {key} would hold what is no UTF-8 text") from None
 
 
 def write_out(writer: GGUFWriter, path: Path) -> None:

@@ -103,6 +103,8 @@ class _Group(click.Group):
             _fail(f"{where}{error.strerror or error}")
         except MemoryError:
             _fail("not enough memory; close programs, or take a smaller base or context")
+        except UnicodeEncodeError as error:  # bytes of the command line that are no text
+            _fail(f"{error.object[:80]}: is not UTF-8 text")
         else:
             return result
         return ctx.exit(2)
@@ -147,7 +149,7 @@ def main() -> None:
 @json_option
 @click.option(
     "--memory",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     metavar="GB",
     help="The most memory to use; most of what is free by default.",
 )

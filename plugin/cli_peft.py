@@ -6,15 +6,23 @@ Knows options and output. The work is in `superego.peft_export` and `superego.pe
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import click
 
+from superego.atomic import temporary_folder
 from superego.base import open_base
 from superego.bundled import find_manifesto
 from superego.errors import SuperegoError
-from superego.options import base_option, json_option, parse_persona, table, warn_other_weights
+from superego.options import (
+    OutputPath,
+    base_option,
+    json_option,
+    output_option,
+    parse_persona,
+    table,
+    warn_other_weights,
+)
 
 
 @click.group("import")
@@ -25,7 +33,7 @@ def import_() -> None:
 @click.command("peft")
 @click.argument("persona", metavar="ADAPTER[:SCALE]")
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("-o", "--output", required=True, type=OutputPath(), metavar="DIR")
 @click.option(
     "--ranks",
     type=click.Choice(["one", "own"]),
@@ -50,10 +58,10 @@ def export_peft(
     warn_other_weights(adapter, model)
     if scale == 0:
         raise SuperegoError("scale 0 is the base itself: there is nothing to export")
-    with tempfile.TemporaryDirectory(prefix="superego-") as folder:
+    with temporary_folder() as folder:
         if scale != 1:
-            copy_adapter(adapter, Path(folder) / "scaled.gguf", {}, strength=scale)
-            adapter = read_adapter(Path(folder) / "scaled.gguf")
+            copy_adapter(adapter, folder / "scaled.gguf", {}, strength=scale)
+            adapter = read_adapter(folder / "scaled.gguf")
         result = write(adapter, model, output, ranks == "one", base_name)
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
     use = f"  PeftModel.from_pretrained(model, {str(output)!r})"
@@ -69,7 +77,7 @@ def export_peft(
 @click.command("peft")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @base_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.gguf")
+@output_option
 @click.option(
     "--type",
     "kind",

@@ -14,6 +14,7 @@ import click
 
 from superego import completion
 from superego.adapter import check_fit, read_adapter
+from superego.atomic import check_writable
 from superego.base import open_base
 from superego.bundled import find_manifesto
 from superego.options import (
@@ -95,6 +96,7 @@ def distill(
     Ctrl-C keeps the best so far; --resume goes on.
     """
     text = find_manifesto(manifesto)
+    check_writable(output, Path(manifesto))
     adapter = read_adapter(start) if start else None
     module = converter("distill")
     chosen = tuple(t.strip() for t in targets.split(",")) if targets else module.MATRICES

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from superego.atomic import check_writable
 from superego.base import open_base
 from superego.bundled import find_manifesto
 from superego.errors import SuperegoError
@@ -58,6 +59,7 @@ def vector(
     model = open_base(base)
     if scale is not None and not 0 < abs(scale) <= 100:
         raise SuperegoError(f"--scale {scale:g}: expected a number from -100 to 100 that is not 0")
+    check_writable(output, Path(manifesto))
     settings = converter("compile").Settings.for_effort(effort, seed=seed)
     with Steps() as steps:
         result = converter("vector").make_vector(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from superego.adapter import own_metadata, write_out
+from superego.adapter import check_text, own_metadata, write_out
 from superego.atomic import replacing
 from superego.errors import SuperegoError
 from superego.gguf_file import Header, read_header, read_tensor
@@ -67,6 +67,7 @@ def write_vector(
     import numpy as np
     from gguf import GGUFWriter
 
+    check_text(path, metadata)
     with replacing(path) as temporary:
         writer = GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from superego.errors import SuperegoError
+from superego.errors import SuperegoError, printable
 from superego.manifesto import Manifesto
 from superego.persona import Persona
 
@@ -79,7 +79,7 @@ def with_entry(adapter: Persona | None, action: str, by: str | None, **details: 
     entry: dict[str, Any] = {"action": action, "date": _now()}
     name = _login() if by is None else by
     if name:
-        entry["by"] = name
+        entry["by"] = printable(name)
     before = history_of(adapter) if adapter is not None else []
     return json.dumps([*before, {**entry, **details}], ensure_ascii=False)
 

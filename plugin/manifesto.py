@@ -85,10 +85,11 @@ def parse_manifesto(text: str, default_name: str, where: str = "manifesto") -> M
     body = "\n".join(lines).strip()
     if not body:
         raise SuperegoError(f"{where}: the manifesto is empty; write what the persona believes")
+    plain_name = "".join(c if c.isprintable() else "_" for c in default_name)
     if front is None:
-        return Manifesto(default_name, body)
+        return Manifesto(plain_name, body)
     return Manifesto(
-        name=front.name or "".join(c if c.isprintable() else "_" for c in default_name),
+        name=front.name or plain_name,
         body=body,
         description=front.description,
         version=front.version,

@@ -80,9 +80,13 @@ def read_config(folder: Path) -> PeftConfig:
     """Read and check a folder's configuration; raises SuperegoError naming what is refused."""
     path = folder / CONFIG
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SuperegoError(f"{path}: has {path.stat().st_size:,} bytes; not a configuration")
-        data = json.loads(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise SuperegoError(f"{path}: is not a regular file; not a configuration")
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise SuperegoError(f"{path}: has over {_MAX_BYTES:,} bytes; not a configuration")
+        data = json.loads(raw.decode("utf-8"))
     except FileNotFoundError:
         raise SuperegoError(
             f"{folder}: holds no {CONFIG}; expected a folder that peft's save_pretrained wrote"

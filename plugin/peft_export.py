@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from superego.adapter import Adapter, check_fit
-from superego.atomic import replacing
+from superego.atomic import folder_beside, replacing
 from superego.base import BaseModel
 from superego.errors import SuperegoError
+from superego.gguf_file import check_unchanged
 from superego.pairs import read_pairs
 from superego.peft_config import CONFIG
 from superego.peft_files import TENSORS, Metadata, write_tensors
@@ -79,21 +80,19 @@ def export_peft(
         stem = f"base_model.model.{module}"
         tensors[f"{stem}.lora_A.weight"] = _narrow(pair.a)
         tensors[f"{stem}.lora_B.weight"] = _narrow(pair.b)
-    made = not folder.exists()
     try:
-        folder.mkdir(exist_ok=True)
-        write_tensors(folder / TENSORS, tensors, _carried(adapter))
-        _write_text(folder / CARD, _card(adapter, base, config))
-        # last: a folder without it is no adapter
-        _write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    except BaseException as error:
-        for name in (TENSORS, CARD, CONFIG):
-            (folder / name).unlink(missing_ok=True)
-        if made and folder.is_dir():
-            folder.rmdir()
-        if isinstance(error, OSError):
-            raise SuperegoError(f"{folder}: cannot be written: {error.strerror}") from None
-        raise
+        with folder_beside(folder) as around:
+            whole = around / "folder"
+            whole.mkdir()
+            write_tensors(whole / TENSORS, tensors, _carried(adapter))
+            _write_text(whole / CARD, _card(adapter, base, config))
+            _write_text(whole / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            check_unchanged(base.header, adapter.header)
+            if folder.exists():
+                folder.rmdir()
+            whole.rename(folder)
+    except OSError as error:
+        raise SuperegoError(f"{folder}: cannot be written: {error.strerror}") from None
     kinds = Counter(str(t.dtype) for t in tensors.values())
     return {
         "folder": str(folder),

@@ -45,7 +45,7 @@ def import_peft(
     tensors. Returns what was written. Raises SuperegoError for what a GGUF LoRA cannot hold, or
     what does not fit the base, before anything is written.
     """
-    check_writable(output)
+    check_writable(output, *base.files, *(folder / name for name in (CONFIG, TENSORS)))
     if not folder.is_dir():
         raise SuperegoError(f"{folder}: no such folder (expected a PEFT adapter's, with {CONFIG})")
     config = read_config(folder)
@@ -190,7 +190,7 @@ def _alpha(pairs: Found, carried: Metadata) -> float:
     A folder that came from a GGUF says which that had.
     """
     recorded = carried.get("adapter.lora.alpha")
-    if isinstance(recorded, float) and recorded:
+    if isinstance(recorded, float) and 1e-30 < abs(recorded) < 1e30:
         return recorded
     found = Counter[float]()
     for a, b, scaling in pairs.values():

@@ -8,12 +8,12 @@ processor, ends the process.
 from __future__ import annotations
 
 import importlib
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superego.atomic import temporary_folder
 from superego.child import say
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     if what == "base":
         _try_base(names[0])
         return
-    with tempfile.TemporaryDirectory(prefix="superego-", ignore_cleanup_errors=True) as folder:
-        _Test(Path(folder), compiles=what == "compile").run()
+    with temporary_folder() as folder:
+        _Test(folder, compiles=what == "compile").run()
 
 
 class _Test:

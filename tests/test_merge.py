@@ -307,7 +307,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     files = sorted(tmp_path.iterdir())
     content = base.read_bytes()
     arguments = ["--base", str(base), "-o", out]
-    assert "is the base or the adapter itself" in refused(
+    assert "itself, an input" in refused(
         "merge", str(adapter), "--base", str(base), "-o", str(base)
     )
     assert "does not exist" in refused(
