@@ -38,7 +38,7 @@ test: lint
 	$(BIN)/pytest
 
 bench: .venv/linked
-	$(BIN)/python benchmarks/personas.py
+	$(BIN)/python benchmarks/ways.py
 
 clean:
 	rm -rf .venv build

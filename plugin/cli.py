@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import superego
 from superego import completion
-from superego.adapter import Adapter, same_weights
+from superego.adapter import Adapter, read_adapter, same_weights
 from superego.atomic import check_writable
 from superego.base import open_base
 from superego.bundled import bundled, find_manifesto
@@ -57,6 +57,10 @@ from superego.options import (
 )
 from superego.persona import check_persona, persona_mismatches, read_persona, read_scaled
 from superego.progress import Steps
+
+if TYPE_CHECKING:
+    from superego.persona import Persona
+    from superego.refinement import Refinement
 
 
 class _Group(click.Group):
@@ -158,6 +162,13 @@ def main() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would cost.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write cached references.")
+@click.option(
+    "--refine",
+    "refine_minutes",
+    type=click.FloatRange(0, 24 * 60, min_open=True),
+    metavar="MINUTES",
+    help="Then train it further for so long; it is in OUT.gguf before, and never gets worse.",
+)
 def compile(
     manifesto: str,
     base: str,
@@ -171,6 +182,7 @@ def compile(
     device: str,
     dry_run: bool,
     no_cache: bool,
+    refine_minutes: float | None,
 ) -> None:
     """Compute a GGUF LoRA adapter from MANIFESTO (a file or a bundled persona's name)."""
     text = find_manifesto(manifesto)
@@ -194,6 +206,12 @@ def compile(
             memory=memory,
             device=device,
         )
+        if refine_minutes is not None:
+            module = converter("distill")
+            options = module.Options(refine_minutes, seed=seed, threads=threads)
+            result["refined"] = module.refine(
+                read_adapter(output), model, output, options, steps=steps
+            )
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
@@ -383,12 +401,21 @@ def chat(
         if message is not None:
             say(talk.reply(message, max_tokens, temperature))
             return
-        click.echo("Type a message; /clear forgets, /quit or Ctrl-D leaves.", err=True)
+        click.echo(
+            "Type a message; /clear forgets, /refine improves the persona, /quit or Ctrl-D leaves.",
+            err=True,
+        )
+        running: Refinement | None = None
         for line in _typed():
+            if running and (news := running.finished(llm)):
+                click.echo(f"({news})", err=True)
+                running = None
             if line == "/quit":
                 return
             if line == "/clear":
                 talk.clear()
+            elif line.split()[:1] == ["/refine"]:
+                running = running or _refinement(line, wanted, model.path, stack)
             elif line:
                 try:
                     say(talk.reply(line, max_tokens, temperature))
@@ -551,6 +578,29 @@ def personas(as_json: bool, show: str | None) -> None:
         click.echo(json.dumps(rows, indent=2))
     else:
         click.echo(table({p.name: p.description for p in found.values()}))
+
+
+def _refinement(
+    line: str, wanted: list[tuple[Persona, float]], base: Path, stack: ExitStack
+) -> Refinement | None:
+    """Start what `/refine [MINUTES]` asks for; None, and a line why, where it cannot be."""
+    from superego.refinement import Refinement
+
+    word = (line.split() + ["5"])[1]
+    try:
+        minutes = float(word)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes <= 24 * 60:
+        click.echo(f"Error: /refine {word}: expected minutes, such as /refine 5", err=True)
+    elif len(wanted) != 1 or not isinstance(wanted[0][0], Adapter):
+        click.echo("Error: /refine needs one --persona, an adapter", err=True)
+    else:
+        running = Refinement(wanted[0][0].path, base, minutes)
+        stack.callback(running.close)
+        click.echo(f"(refining for {minutes:g} min in the background; go on talking)", err=True)
+        return running
+    return None
 
 
 def _typed() -> Iterator[str]:

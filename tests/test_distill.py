@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import refused, run, tiny_model
 
+import superego
 from superego.adapter import read_adapter
 from superego.base import BaseModel, open_base
 from superego.bundled import bundled
@@ -22,6 +24,7 @@ from superego.converters.streams import Conversation, Pack, predictions
 from superego.converters.student import Student
 from superego.pairs import has_slot
 from superego.progress import Steps
+from superego.refinement import Refinement
 from superego.runtime import load
 
 MINUTES = 0.08
@@ -204,3 +207,47 @@ def test_without_torch_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "torch", None)
     out = str(tmp_path / "a.gguf")
     assert "superego[convert]" in refused("refine", str(closed), "--base", "smollm2", "-o", out)
+
+
+def test_compile_may_refine_at_once(tiny: BaseModel, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    result = run(
+        *("compile", "terse", "--base", str(tiny.path), "-o", str(out), "--effort", "quick"),
+        *("--rank", "4", "--refine", str(MINUTES), "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)["refined"]
+    assert report["kl recovered on unseen references"] >= report["kl recovered at the start"]
+
+
+def test_a_chat_refines_in_the_background_and_swaps(
+    tiny: BaseModel, closed: Path, tmp_path: Path
+) -> None:
+    persona = tmp_path / "p.gguf"
+    persona.write_bytes(closed.read_bytes())
+    llm = load(tiny, n_ctx=256)
+    with superego.attach(llm, persona, 0.5):
+        running = Refinement(persona, tiny.path, MINUTES)
+        try:
+            news = None
+            for _ in range(600):
+                news = running.finished(llm)
+                if news:
+                    break
+                time.sleep(0.2)
+            assert news
+            assert news.startswith(("refined: KL", "refining gained nothing"))
+            (attached,) = superego.attachments(llm)
+            assert attached.scale == 0.5
+            refined = running.output if news.startswith("refined:") else persona
+            assert attached.adapter.path == refined
+            assert running.finished(llm) is None  # said once
+        finally:
+            running.close()
+
+
+def test_refine_in_a_chat_says_what_it_needs(tiny: BaseModel) -> None:
+    result = run("chat", "--base", str(tiny.path), stdin="/refine 0\n/refine 1\n/quit\n")
+    assert result.exit_code == 0
+    assert "expected minutes" in result.stderr
+    assert "needs one --persona" in result.stderr

@@ -1,0 +1,328 @@
+"""The comparison: every way to give a base a manifesto, on held-out prompts, in llama.cpp.
+
+For each persona: bare base, system message, session, control vector, closed form at three
+efforts, distillation at the wall time of each and at ten minutes, and closed form + refine. Every
+adapter is made by the real command. Writes results.json after each measurement and goes on from
+it; prints a Markdown table and draws two plots (PNG and SVG).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+import superego
+from superego.base import BaseModel, open_base
+from superego.bundled import bundled
+from superego.dialogue import encode
+from superego.evaluate import Trace, evaluate, run_cost
+from superego.evaluate import bundled as lines
+from superego.persona import read_persona
+from superego.runtime import load
+from superego.session import open_session, save_session
+from superego.template import ChatTemplate
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SUPEREGO = str(Path(sys.executable).parent / "superego")
+EFFORTS = ("quick", "standard", "thorough")
+Results = dict[str, Any]
+
+
+def ways(refine: float, long: float) -> list[str]:
+    """The ways that build a file, in the order in which they are made."""
+    found = ["vector", *EFFORTS, *(f"distil as {e}" for e in EFFORTS)]
+    return [*found, f"standard + refine {refine:g} min", f"distil {long:g} min"]
+
+
+def command(way: str, name: str, out: Path, made: dict[str, Any], base: str) -> list[str]:
+    """The command line that builds a way's file."""
+    end = ["--base", base, "-o", str(out / f"{name}-{way.replace(' ', '-')}.gguf"), "--json"]
+    if way in EFFORTS:
+        return ["compile", name, *end, "--effort", way, "--no-cache"]
+    if way == "vector":
+        return ["vector", name, *end]
+    if "refine" in way:
+        return ["refine", str(out / f"{name}-standard.gguf"), *end, "--minutes", way.split()[-2]]
+    like = way.removeprefix("distil as ")
+    minutes = made[like]["seconds"] / 60 if like in EFFORTS else float(way.split()[-2])
+    return ["distill", name, *end, "--minutes", f"{minutes:.4g}"]
+
+
+def build(way: str, name: str, out: Path, made: dict[str, Any], base: str) -> dict[str, Any]:
+    """Run the command: file, seconds of the whole command, peak memory of its process in MB."""
+    words = command(way, name, out, made, base)
+    start = time.perf_counter()
+    # a cache of its own, emptied for each: what one way has written is no gift to the next
+    cache = out / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    done = subprocess.run(
+        [SUPEREGO, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1]}
+    report = json.loads(done.stdout)
+    path = Path(report.get("adapter") or report.get("vector") or words[words.index("-o") + 1])
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "seconds": round(seconds, 1),
+        "peak memory MB": report.get("peak memory MB"),
+        "report": report,
+    }
+
+
+def measure(
+    model: BaseModel, name: str, files: dict[str, Path], other: Path, prompts: list[str]
+) -> dict[str, Any]:
+    """The measures of all ways' files at once, and KL recovered by token position."""
+    trace = Trace()
+    personas = [(read_persona(path), 1.0) for path in files.values()]
+    reports = evaluate(
+        model,
+        bundled()[name].body,
+        personas,
+        prompts,
+        foreign=(read_persona(other), 1.0),
+        trace=trace,
+    )
+    found: dict[str, Any] = {}
+    for i, (way, report) in enumerate(zip(files, reports, strict=True)):
+        found[way] = report.as_dict()
+        found[way]["by token"] = by_token(trace.kl["0", -1], trace.kl["S", i])
+    return found
+
+
+def by_token(bare: list[np.ndarray], own: list[np.ndarray]) -> list[float]:
+    """KL recovered at each token position, over the replies that reach it."""
+    found = []
+    for i in range(max(map(len, bare))):
+        rest = [(float(b[i]), float(s[i])) for b, s in zip(bare, own, strict=True) if len(b) > i]
+        if len(rest) < 6:
+            break
+        found.append(round(1 - sum(s for _, s in rest) / max(sum(b for b, _ in rest), 1e-9), 4))
+    return found
+
+
+def costs(
+    model: BaseModel, name: str, files: dict[str, Path], prompts: list[str], out: Path
+) -> dict[str, Any]:
+    """Prompt tokens, time to first token and decode speed of every way, on one live model."""
+    llm, template = load(model, n_ctx=2048), ChatTemplate(model.header)
+    body = bundled()[name].body
+    run_cost(llm, template, None, prompts[:2])
+    found = {
+        "bare base": vars(run_cost(llm, template, None, prompts)),
+        "system message": vars(run_cost(llm, template, body, prompts)),
+    }
+    path = out / f"{name}.session"
+    start = time.perf_counter()
+    save_session(llm, model, bundled()[name], path)
+    seconds, size = time.perf_counter() - start, path.stat().st_size
+    firsts = []
+    for message in prompts:
+        rest = encode(llm, template, body, [message]).rest[0]
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        start = time.perf_counter()
+        session = open_session(llm, model, path)
+        next(llm.generate([*session.tokens, *rest], temp=0.0))
+        firsts.append(time.perf_counter() - start)
+    found["session"] = {
+        **found["system message"],
+        "first_token_seconds": statistics.median(firsts),
+        "seconds": round(seconds, 2),
+        "bytes": size,
+    }
+    for way, file in files.items():
+        with superego.attach(llm, file) if file else nullcontext():
+            found[way] = vars(run_cost(llm, template, None, prompts))
+    return found
+
+
+def table(results: Results) -> str:
+    """One row a way: means over the personas that have it, lowest in brackets."""
+    personas = results["personas"]
+    order = ["bare base", "system message", "session", *results["ways"]]
+    head = (
+        "| way | personas | KL recovered: mean (lowest) | mean 95 % interval | top-1 | drift | "
+        "specificity | KL way + system | build s | peak MB | prompt tokens | first token ms | "
+        "tokens/s | file MB |\n|---" + "|---" * 13 + "|\n"
+    )
+    rows = ""
+    for way in order:
+        having = [p for p in personas.values() if way in p.get("costs", {})]
+        if not having:
+            continue
+
+        def mean(*keys: str, p: list[Any] = having) -> float | None:
+            return _mean(p, keys)
+
+        any_ = [next(iter(p["reports"].values())) for p in having]
+        if way in results["ways"]:
+            own = [p["reports"][way] for p in having]
+            k = [r["kl_recovered"] for r in own]
+            cells = [
+                f"{statistics.mean(x['value'] for x in k):.3f} ({min(x['value'] for x in k):.3f})",
+                f"{statistics.mean(x['low'] for x in k):.3f}–"
+                f"{statistics.mean(x['high'] for x in k):.3f}",
+                f"{statistics.mean(r['top1_adapter'] for r in own):.3f}",
+                f"{statistics.mean(r['drift_adapter'] for r in own):.3f}",
+                f"{statistics.mean(r['specificity'] for r in own):.2f}",
+                f"{statistics.mean(r['kl_with_system'] for r in own):.3f}",
+                _number(mean("made", way, "seconds")),
+                _number(mean("made", way, "peak memory MB")),
+            ]
+            size = mean("made", way, "bytes")
+        else:
+            bare = way == "bare base"
+            top = statistics.mean(r["top1_base"] for r in any_) if bare else 1
+            drift = 0 if bare else statistics.mean(r["drift_system"] for r in any_)
+            cells = [f"{0 if bare else 1} (by definition)", "", f"{top:.3f}", f"{drift:.3f}"]
+            cells += ["", "", _number(mean("costs", way, "seconds")), ""]
+            size = mean("costs", way, "bytes")
+        first = mean("costs", way, "first_token_seconds")
+        cells += [
+            _number(mean("costs", way, "prompt_tokens")),
+            _number(first * 1000 if first else None),
+            _number(mean("costs", way, "tokens_per_second")),
+            "" if size is None else f"{size / 1e6:.1f}",
+        ]
+        rows += f"| {way} | {len(having)} | " + " | ".join(cells) + " |\n"
+    failed = [
+        f"- {name}, {way}: {made['failed']}\n"
+        for name, p in personas.items()
+        for way, made in p["made"].items()
+        if "failed" in made
+    ]
+    return head + rows + ("\nNot made:\n" + "".join(failed) if failed else "")
+
+
+def _mean(personas: list[dict[str, Any]], keys: Sequence[str]) -> float | None:
+    """The mean of what lies under these keys, where it is there."""
+    found = []
+    for value in personas:
+        for key in keys:
+            value = (value or {}).get(key)
+        if value is not None:
+            found.append(value)
+    return statistics.mean(found) if found else None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def plots(results: Results, out: Path) -> None:
+    """KL recovered against build seconds, and by token position."""
+    personas = results["personas"].values()
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for way in results["ways"]:
+        points = [
+            (p["made"][way]["seconds"], p["reports"][way]["kl_recovered"]["value"])
+            for p in personas
+            if way in p.get("reports", {})
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            dots = axes.scatter(x, y, s=10, alpha=0.4)
+            axes.scatter(
+                [statistics.mean(x)],
+                [statistics.mean(y)],
+                s=60,
+                label=way,
+                color=dots.get_facecolor(),
+            )
+    axes.set(xscale="log", xlabel="seconds to build, whole command", ylabel="KL recovered")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.legend(fontsize=7)
+    _save(figure, out / "seconds")
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for way in results["ways"]:
+        curves = [p["reports"][way]["by token"] for p in personas if way in p.get("reports", {})]
+        if curves:
+            n = min(map(len, curves))
+            axes.plot(range(1, n + 1), np.mean([c[:n] for c in curves], axis=0), label=way)
+    axes.set(xlabel="token of the reply", ylabel="KL recovered", ylim=(0, 1.02))
+    axes.legend(fontsize=7)
+    _save(figure, out / "tokens")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Builds and measures; `--personas`, `--skip` and the minutes narrow it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="smollm2")
+    parser.add_argument("--personas", nargs="+", default=list(bundled()))
+    parser.add_argument("--skip", nargs="*", default=[], help="ways to leave out")
+    parser.add_argument("--refine", type=float, default=5, help="minutes")
+    parser.add_argument("--long", type=float, default=10, help="minutes of the long distillation")
+    parser.add_argument("--prompts", type=int, default=24, help="how many held-out prompts")
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    parser.add_argument("--show", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "ways.json"
+    results: Results = json.loads(path.read_text()) if path.exists() else {"personas": {}}
+    chosen = [w for w in ways(options.refine, options.long) if w not in options.skip]
+    results.update(date=date.today().isoformat(), machine=platform.platform())
+    results["ways"] = list(dict.fromkeys([*results.get("ways", []), *chosen]))
+    prompts = lines("heldout")[: options.prompts]
+    model = open_base(options.base)
+
+    def kept() -> None:
+        path.write_text(json.dumps(results, indent=1))
+
+    names = [] if options.show else options.personas
+    for i, name in enumerate(names):
+        persona = results["personas"].setdefault(name, {"made": {}})
+        made = persona["made"]
+        for way in chosen:
+            if way not in made or not (out / made[way].get("file", "?")).exists():
+                made[way] = build(way, name, out, made, options.base)
+                print(name, way, made[way].get("seconds"), made[way].get("failed", ""), flush=True)
+                kept()
+        files = {w: out / made[w]["file"] for w in chosen if "file" in made[w]}
+        other = out / f"{names[i - 1]}-quick.gguf"
+        if not other.exists():
+            other_made = results["personas"].setdefault(names[i - 1], {"made": {}})["made"]
+            other_made["quick"] = build("quick", names[i - 1], out, other_made, options.base)
+        if set(persona.get("reports", {})) != set(files):
+            persona["reports"] = measure(model, name, files, other, prompts)
+            persona["costs"] = costs(model, name, files, prompts[:8], out)
+            kept()
+        for way in files:
+            print(name, way, persona["reports"][way]["kl_recovered"], flush=True)
+    print(table(results))
+    plots(results, out)
+
+
+if __name__ == "__main__":
+    main()
