@@ -216,3 +216,21 @@ def test_rows_of_a_walked_base_are_read_where_they_are_asked_for(tmp_path: Path)
     os.truncate(path, base.weights.info("token_embd.weight").offset + 10)
     with pytest.raises(SuperegoError, match="changed while it was read"):
         base.weights.gathered("token_embd.weight", [3])
+
+
+def test_an_interrupt_before_refining_keeps_what_was_compiled(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from superego.converters import distill
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "refine", interrupted)
+    out = tmp_path / "out.gguf"
+    words = ["compile", "terse", "--base", str(base), "-o", str(out), "--effort", "quick"]
+    done = run(*words, "--rank", "4", "--refine", "1")
+    assert done.exit_code == 130
+    assert done.stderr.splitlines()[-1] == f"Interrupted: {out} is as it was compiled."
+    assert read_adapter(out).rank == 4
+    assert run(*words, "--refine", "nan").exit_code == 2
