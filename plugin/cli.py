@@ -165,7 +165,7 @@ def main() -> None:
 @click.option(
     "--refine",
     "refine_minutes",
-    type=click.FloatRange(0, 24 * 60, min_open=True),
+    type=FiniteRange(0, 24 * 60, min_open=True),
     metavar="MINUTES",
     help="Then train it further for so long; it is in OUT.gguf before, and never gets worse.",
 )
@@ -209,9 +209,13 @@ def compile(
         if refine_minutes is not None:
             module = converter("distill")
             options = module.Options(refine_minutes, seed=seed, threads=threads)
-            result["refined"] = module.refine(
-                read_adapter(output), model, output, options, steps=steps
-            )
+            try:
+                result["refined"] = module.refine(
+                    read_adapter(output), model, output, options, steps=steps
+                )
+            except KeyboardInterrupt:  # before it trains; later the best so far is kept
+                click.echo(f"Interrupted: {output} is as it was compiled.", err=True)
+                click.get_current_context().exit(130)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:

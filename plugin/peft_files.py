@@ -86,7 +86,10 @@ def _metadata(text: Mapping[str, str]) -> Metadata:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Metadata) -> None:
     """Write float16 and float32 arrays, and GGUF metadata as JSON texts, atomically."""
     text = {"format": "pt", **{key: json.dumps(value) for key, value in metadata.items()}}
-    save = _safetensors("safetensors.numpy").save_file
+    library, save = _safetensors(), _safetensors("safetensors.numpy").save_file
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save(whole, temporary, metadata=text)
+        try:
+            save(whole, temporary, metadata=text)
+        except library.SafetensorError as error:  # also where the disk is full
+            raise SuperegoError(f"{path}: cannot be written: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def little_memory() -> Iterator[None]:
+    """What takes 2 GB more than there is now fails, here and in child processes."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    held = next((int(x.split()[1]) << 10 for x in lines if x.startswith("VmData")), None)
+    if held is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (held + (2 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from superego.runtime import load
 from superego.template import ChatTemplate, conversation
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("little_memory")
 
 
 @pytest.fixture(scope="module")

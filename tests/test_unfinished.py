@@ -74,5 +74,5 @@ def test_an_absent_device_and_too_little_memory_are_refused(base: Path, tmp_path
     command = ("compile", "terse", "--base", str(base), "-o", str(out), "--effort", "quick")
     absent = "cuda" if torch.backends.mps.is_available() else "mps"
     assert "finds none on this machine" in refused(*command, "--device", absent)
-    assert "needs 0." in refused(*command, "--memory", "0.01")
+    assert "--memory allows 0.01" in refused(*command, "--memory", "0.01")
     assert not out.exists()
