@@ -26,7 +26,7 @@ from superego.base import BaseModel
 from superego.converters.compile import Opened, open_for_compile, pairs
 from superego.converters.examples import Example, as_conversations
 from superego.converters.kept import stored
-from superego.converters.references import BLOCKS, prepare, seeds, write_replies
+from superego.converters.references import BLOCKS, Prompts, prepare, seeds, write_replies
 from superego.converters.slot import Slot
 from superego.converters.streams import Change, Changes, Conversation
 from superego.converters.student import MATRICES, Student
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 UNSEEN = 48  # conversations that are measured on; no compile fits them, thorough's neither
-_SHORT = 80.0  # seconds: under this budget only the first two blocks are written
-_SHORTEST = 25.0  # under this one only the first
+_NEUTRAL = 120  # plain texts that are to stay as they are
+_WRITING_SHARE = 0.08  # of the matmul peak that writing reaches
+_WRITING = 0.4  # of the budget, at most, for the references
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
 
 
@@ -149,16 +150,7 @@ def _run(
     if start is None:
         student.add(options.rank, options.targets, options.seed)
     student.keep_slot()
-    blocks = 1 if budget < _SHORTEST else 2 if budget < _SHORT else len(BLOCKS)
-    conversations, _ = write_replies(
-        llm,
-        opened.base,
-        model.fingerprint,
-        prompts,
-        blocks,
-        options.use_cache,
-        lambda done, total: steps.update("writing references", done, total),
-    )
+    conversations = _references(llm, opened, model, prompts, options, budget, steps)
     unseen_n = min(UNSEEN, len(conversations) // 5)
     unseen, seen = conversations[-unseen_n:], conversations[:-unseen_n]
     known = {tuple(p) for p, _ in kept_references(start, model.header)} if start else set()
@@ -203,6 +195,44 @@ def _run(
     return _report(method, output, options, start, outcome, lessons, own, writing, checkpoint)
 
 
+def _references(
+    llm: Llama,
+    opened: Opened,
+    model: BaseModel,
+    prompts: Prompts,
+    options: Options,
+    budget: float,
+    steps: Steps,
+) -> list[Conversation]:
+    """As many blocks of references as take no more than their share of the budget, in seconds.
+
+    The first block's time tells what the others will take; an estimate where it was cached.
+    """
+
+    def write(blocks: int) -> tuple[list[Conversation], int]:
+        return write_replies(
+            llm,
+            opened.base,
+            model.fingerprint,
+            prompts,
+            blocks,
+            options.use_cache,
+            lambda done, total: steps.update("writing references", done, total),
+            opened.sizes.room,
+        )
+
+    mark = time.perf_counter()
+    first, cached = write(1)
+    each = (time.perf_counter() - mark) / BLOCKS[0]
+    if cached:
+        rows = sum(len(c.prompt) + len(c.reply) for c in first) / len(first)
+        each = 2 * opened.base.shape.n_weights * rows / (opened.rate * 1e9 * _WRITING_SHARE)
+    blocks = 1
+    while blocks < len(BLOCKS) and each * sum(BLOCKS[: blocks + 1]) < _WRITING * budget:
+        blocks += 1
+    return first if blocks == 1 else write(blocks)[0]
+
+
 def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:
     """An adapter's pairs as changes, and its slot where it has one."""
     changes: Changes = {}
@@ -239,7 +269,9 @@ def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:
 def neutral(llm: Llama) -> tuple[list[Conversation], list[int]]:
     """Seed messages as plain text, without a template, behind what plain text starts with."""
     front = llm.tokenize(b"\n", add_bos=True, special=False)
-    found = [llm.tokenize(line.encode(), add_bos=False, special=False) for line in seeds(0)[:400]]
+    found = [
+        llm.tokenize(line.encode(), add_bos=False, special=False) for line in seeds(0)[:_NEUTRAL]
+    ]
     return [Conversation(tokens[:1], tokens[1:]) for tokens in found if len(tokens) > 3], front
 
 
