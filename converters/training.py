@@ -209,7 +209,7 @@ def train(
         outcome.kl_best, best = kept["kl_best"], kept["best"]
         outcome.curve = kept["curve"]
     if not outcome.curve:
-        outcome.curve.append((0.0, 1 - kl_start / unseen.kl_base))
+        outcome.curve.append((0.0, outcome.recovered_at_start))
     packs, anchors = lessons.packs(plan.rows), [lessons.returns(), lessons.neutral()]
     own = lessons.examples()
     loss, check = math.nan, before + plan.seconds / _CHECKS
@@ -225,7 +225,8 @@ def train(
         if kl < outcome.kl_best:
             outcome.kl_best, best = kl, student.state()
         student.restore(now)
-        outcome.curve.append((spent(), 1 - kl / unseen.kl_base))
+        recovered = 1 - kl / unseen.kl_base if unseen.kl_base > 0 else 0.0
+        outcome.curve.append((spent(), recovered))
 
     try:
         while (share := spent() / plan.seconds) < 1:
