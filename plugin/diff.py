@@ -63,7 +63,9 @@ def behaviour_diff(
     )
     order = sorted(range(len(messages)), key=lambda i: -kls[0, i])
     top = order[:show]
-    other = replies(llm, with_b, adapters, [encoded.rest[i] for i in top], _TOKENS, stop)
+    # both in batches of the same messages: rounding depends on what is read together
+    shown = [encoded.rest[i] for i in top]
+    both = [replies(llm, each, adapters, shown, _TOKENS, stop) for each in (with_a, with_b)]
 
     def text(tokens: list[int]) -> str:
         return llm.detokenize([t for t in tokens if t not in stop]).decode("utf-8", "replace")
@@ -77,9 +79,9 @@ def behaviour_diff(
             {
                 "prompt": messages[i],
                 "KL": round(float(kls[0, i]), 5),
-                "A": text(said[i]),
-                "B": text(tokens),
+                "A": text(one),
+                "B": text(other),
             }
-            for i, tokens in zip(top, other, strict=True)
+            for i, one, other in zip(top, *both, strict=True)
         ],
     }
