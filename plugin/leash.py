@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 _GRACE = 5.0  # seconds between asking the command to end and ending it
@@ -52,7 +53,7 @@ def _end(command: subprocess.Popen[bytes]) -> None:
 def main(arguments: list[str]) -> int:
     """Run the command; its exit status, or 128 + the signal that ended it."""
     folder, *arguments = arguments
-    starter = os.getppid()
+    starter, ended = os.getppid(), threading.Event()
     try:
         command = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent()
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> int:
     def watch() -> None:
         while os.read(0, 4096):  # a bare read: sys.stdin's lock would be held at exit
             pass
+        ended.set()
         _end(command)
 
     def stop(number: int, frame: object) -> None:
@@ -73,8 +75,13 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: not ours
     threading.Thread(target=watch, daemon=True).start()
     status = command.wait()
-    if folder and os.getppid() != starter:
-        shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(10 if folder else 0):
+        if os.getppid() != starter:
+            shutil.rmtree(folder, ignore_errors=True)
+            break
+        if not ended.is_set():
+            break
+        time.sleep(0.05)  # a process that dies closes its pipes before it leaves its children
     return status if status >= 0 else 128 - status
 
 
