@@ -198,7 +198,8 @@ def table(results: Results) -> str:
             bare = way == "bare base"
             top = statistics.mean(r["top1_base"] for r in any_) if bare else 1
             drift = 0 if bare else statistics.mean(r["drift_system"] for r in any_)
-            cells = [f"{0 if bare else 1} (by definition)", "", f"{top:.3f}", f"{drift:.3f}"]
+            said = {"bare base": "0, by definition", "session": "as the system message"}
+            cells = [said.get(way, "1, by definition"), "", f"{top:.3f}", f"{drift:.3f}"]
             cells += ["", "", _number(mean("costs", way, "seconds")), ""]
             size = mean("costs", way, "bytes")
         first = mean("costs", way, "first_token_seconds")
@@ -300,8 +301,10 @@ def main() -> None:
     def kept() -> None:
         path.write_text(json.dumps(results, indent=1))
 
-    names = [] if options.show else options.personas
-    for i, name in enumerate(names):
+    # another persona's adapter, for specificity: the one before in the list of all
+    everyone = list(bundled())
+    before = {name: everyone[i - 1] for i, name in enumerate(everyone)}
+    for name in [] if options.show else options.personas:
         persona = results["personas"].setdefault(name, {"made": {}})
         made = persona["made"]
         for way in chosen:
@@ -310,10 +313,10 @@ def main() -> None:
                 print(name, way, made[way].get("seconds"), made[way].get("failed", ""), flush=True)
                 kept()
         files = {w: out / made[w]["file"] for w in chosen if "file" in made[w]}
-        other = out / f"{names[i - 1]}-quick.gguf"
+        other = out / f"{before[name]}-quick.gguf"
         if not other.exists():
-            other_made = results["personas"].setdefault(names[i - 1], {"made": {}})["made"]
-            other_made["quick"] = build("quick", names[i - 1], out, other_made, options.base)
+            other_made = results["personas"].setdefault(before[name], {"made": {}})["made"]
+            other_made["quick"] = build("quick", before[name], out, other_made, options.base)
         if set(persona.get("reports", {})) != set(files):
             persona["reports"] = measure(model, name, files, other, prompts)
             persona["costs"] = costs(model, name, files, prompts[:8], out)
