@@ -41,7 +41,8 @@ class Plan:
 
     seconds: float  # of training, checks included
     rate: float  # Adam's step
-    rows: int = 2048  # a step
+    rows: int = 1024  # whose activations lie in memory at once
+    parts: int = 2  # of so many rows, a step
     average: float = 0.9  # of the weights' moving average, which is what is kept
     seed: int = 0
 
@@ -233,7 +234,8 @@ def train(
             extra = None
             if outcome.steps % 4 == 0:
                 extra = next(anchors[(outcome.steps // 4) % 2])
-            found = run.step(next(packs), extra, next(own, None), share)
+            parts = [next(packs) for _ in range(plan.parts)]
+            found = run.step(parts, extra, next(own, None), share)
             loss = found if math.isnan(loss) else 0.9 * loss + 0.1 * found
             outcome.steps += 1
             if spent() >= check:
@@ -264,17 +266,17 @@ class _Run:
 
     def step(
         self,
-        lesson: tuple[Pack, torch.Tensor],
+        lessons: list[tuple[Pack, torch.Tensor]],
         extra: tuple[Pack, torch.Tensor] | None,
         own: tuple[Pack, torch.Tensor] | None,
         share: float,
     ) -> float:
-        """One step of the schedule at this share of the budget; returns the lesson's loss."""
+        """One step of the schedule at this share of the budget; returns the lessons' mean loss."""
         warm = min(1.0, (self._taken + 1) / _WARM_UP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate * warm * 0.5 * (1 + math.cos(math.pi * min(1, share)))
         self.optimizer.zero_grad()
-        loss = self._backward(lesson, 1.0)
+        losses = [self._backward(lesson, 1 / len(lessons)) for lesson in lessons]
         if extra is not None:
             self._backward(extra, _ANCHOR_WEIGHT)
         if own is not None:
@@ -287,7 +289,7 @@ class _Run:
             for place, pair in self.student.pairs.items():
                 for mean, now in zip(self.average[place], pair, strict=True):
                     mean.lerp_(now, 1 - decay)
-        return loss
+        return sum(losses)
 
     def _backward(self, lesson: tuple[Pack, torch.Tensor], weight: float) -> float:
         pack, wanted = lesson
