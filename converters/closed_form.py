@@ -28,6 +28,7 @@ from superego.converters.streams import (
 )
 from superego.converters.transformer import Base
 from superego.converters.unfinished import Unfinished
+from superego.errors import SuperegoError
 
 _CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 _GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
@@ -157,7 +158,14 @@ def solve(
             if not mark:
                 inputs = (seen[: len(rows)], prefix)  # the same rows need not be there twice
             del rows, reachable
-            change = fit(student.weigh(seen), wanted, rank, ridges[write])
+            try:
+                change = fit(student.weigh(seen), wanted, rank, ridges[write])
+            except torch.linalg.LinAlgError:
+                raise SuperegoError(
+                    f"{base.path}: the fit of blk.{index}.{write} cannot be solved: its inputs are "
+                    "not finite or vanish; try another --effort, whose ridge differs, or another "
+                    "quantization of this model"
+                ) from None
             del seen, wanted
             change = behind(matrix, change)
             student.add_change(inputs, change)
