@@ -24,6 +24,7 @@ from superego.converters.closed_form import solve
 from superego.converters.device import free_memory, on, pick_device
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
+from superego.converters.metadata import Metadata, described
 from superego.converters.references import (
     BLOCKS,
     LONG_REPLY,
@@ -348,20 +349,9 @@ def _metadata(
     tokens: int,
     recovered: float,
     dtype: torch.dtype,
-) -> dict[str, str | int | float]:
-    described: dict[str, str | int | float] = {
-        "general.name": manifesto.name,
-        "general.description": manifesto.description,
-        "general.version": manifesto.version,
-        "general.license": manifesto.license,
-        "general.base_model.count": 1,
-        "general.base_model.0.name": model.name,
+) -> Metadata:
+    own: Metadata = {
         "adapter.lora.task_name": manifesto.name,
-        "superego.version": superego.__version__,
-        "superego.method": METHOD,
-        "superego.manifesto": manifesto.body,
-        "superego.manifesto.sha256": manifesto.sha256,
-        "superego.base.fingerprint": model.fingerprint,
         "superego.settings": json.dumps(
             {
                 **asdict(settings),
@@ -374,4 +364,4 @@ def _metadata(
         "superego.reference_tokens": tokens,
         "superego.kl_recovered": recovered,
     }
-    return {key: value for key, value in described.items() if value != ""}
+    return described(manifesto, model, METHOD, own)

@@ -26,6 +26,7 @@ from superego.base import BaseModel
 from superego.converters.compile import Opened, open_for_compile, pairs
 from superego.converters.examples import Example, as_conversations
 from superego.converters.kept import stored
+from superego.converters.metadata import Metadata, described
 from superego.converters.references import BLOCKS, Prompts, prepare, seeds, write_replies
 from superego.converters.slot import Slot
 from superego.converters.streams import Change, Changes, Conversation
@@ -43,7 +44,8 @@ from superego.runtime import default_threads, load, peak_memory
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-UNSEEN = 48  # conversations that are measured on; no compile fits them, thorough's neither
+UNSEEN = 48  # conversations that are measured on, at most; neither start nor training fits them
+_LEAST_UNSEEN = 12
 _NEUTRAL = 120  # plain texts that are to stay as they are
 _WRITING_SHARE = 0.08  # of the matmul peak that writing reaches
 _WRITING = 0.4  # of the budget, at most, for the references
@@ -150,12 +152,23 @@ def _run(
     if start is None:
         student.add(options.rank, options.targets, options.seed)
     student.keep_slot()
-    conversations = _references(llm, opened, model, prompts, options, budget, steps)
-    unseen_n = min(UNSEEN, len(conversations) // 5)
-    unseen, seen = conversations[-unseen_n:], conversations[:-unseen_n]
-    known = {tuple(p) for p, _ in kept_references(start, model.header)} if start else set()
-    fresh = [c for c in seen if tuple(c.prompt) not in known]
+    known = _fitted(start, model)
+    least = 1  # blocks, for some to be left that the start has not seen
+    while least < len(BLOCKS) and sum(BLOCKS[:least]) - len(known) < _LEAST_UNSEEN:
+        least += 1
+    conversations = _references(llm, opened, model, prompts, options, budget, least, steps)
+    fresh = [c for c in conversations if tuple(c.prompt) not in known]
+    unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
+    if not unseen_n:
+        raise SuperegoError(
+            f"{output}: no conversation is left that the start was not fitted on; there would be "
+            "nothing to measure by"
+        )
+    unseen, fresh = fresh[-unseen_n:], fresh[:-unseen_n]
+    measured_on = {id(c) for c in unseen}
+    seen = [c for c in conversations if id(c) not in measured_on]
     lessons = fresh if len(fresh) >= len(seen) // 4 else seen
+    conversations = [*seen, *unseen]
     texts, front = neutral(llm)
     taught = Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed)
     measured = Unseen(opened.base, unseen, prompts.prefixes)
@@ -195,6 +208,14 @@ def _run(
     return _report(method, output, options, start, outcome, lessons, own, writing, checkpoint)
 
 
+def _fitted(start: Adapter | None, model: BaseModel) -> set[tuple[int, ...]]:
+    """The prompts that the start was made from; those it only measured on stand last."""
+    if start is None:
+        return set()
+    kept = kept_references(start, model.header)
+    return {tuple(p) for p, _ in kept[: len(kept) - int(start.number("references.unseen", 0))]}
+
+
 def _references(
     llm: Llama,
     opened: Opened,
@@ -202,9 +223,12 @@ def _references(
     prompts: Prompts,
     options: Options,
     budget: float,
+    least: int,
     steps: Steps,
 ) -> list[Conversation]:
     """As many blocks of references as take no more than their share of the budget, in seconds.
+
+    At least `least`.
 
     The first block's time tells what the others will take; an estimate where it was cached.
     """
@@ -227,7 +251,7 @@ def _references(
     if cached:
         rows = sum(len(c.prompt) + len(c.reply) for c in first) / len(first)
         each = 2 * opened.base.shape.n_weights * rows / (opened.rate * 1e9 * _WRITING_SHARE)
-    blocks = 1
+    blocks = least
     while blocks < len(BLOCKS) and each * sum(BLOCKS[: blocks + 1]) < _WRITING * budget:
         blocks += 1
     return first if blocks == 1 else write(blocks)[0]
@@ -248,7 +272,6 @@ def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:
         return changes, None
     marks: dict[tuple[int, str], Change] = {}
     layer = neuron = 0
-    direction = torch.empty(0)
     for name, chosen in ranks.items():
         index, matrix = int(name.split(".")[1]), name.split(".")[2]
         if matrix in ("attn_k", "attn_v"):
@@ -326,19 +349,8 @@ def _write(
     conversations: Sequence[Conversation],
     unseen: int,
 ) -> None:
-    described: dict[str, str | int | float] = {
-        "general.name": manifesto.name,
-        "general.description": manifesto.description,
-        "general.version": manifesto.version,
-        "general.license": manifesto.license,
-        "general.base_model.count": 1,
-        "general.base_model.0.name": model.name,
+    keys: Metadata = {
         "adapter.lora.task_name": manifesto.name,
-        "superego.version": superego.__version__,
-        "superego.method": method if start is None else f"{start.own.get('method', '?')}+{method}",
-        "superego.manifesto": manifesto.body,
-        "superego.manifesto.sha256": manifesto.sha256,
-        "superego.base.fingerprint": model.fingerprint,
         "superego.settings": json.dumps(settings, sort_keys=True),
         "superego.reference_tokens": sum(len(c.prompt) + len(c.reply) for c in conversations),
         "superego.kl_recovered": outcome.recovered,
@@ -347,9 +359,10 @@ def _write(
     }
     if start is not None:
         note = {"minutes": settings["minutes"], "recovered": round(outcome.recovered, 4)}
-        described["superego.history"] = with_entry(start, method, None, **note)
-    filled = {key: value for key, value in described.items() if value != ""}
-    write_adapter(output, model.architecture, pairs(outcome.changes), filled)
+        keys["superego.history"] = with_entry(start, method, None, **note)
+        method = f"{start.own.get('method', '?')}+{method}"
+    metadata = described(manifesto, model, method, keys)
+    write_adapter(output, model.architecture, pairs(outcome.changes), metadata)
 
 
 def _report(

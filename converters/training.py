@@ -94,7 +94,6 @@ class Lessons:
 
         `own` are the user's examples, whose replies are to be said as they are written.
         """
-        self._base = base
         self._prefixes = prefixes
         self._conversations = list(conversations)
         self._plain = list(plain)

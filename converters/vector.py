@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-import superego
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.control_vector import write_vector
 from superego.converters.closed_form import Prefixes
 from superego.converters.compile import Settings, open_for_compile
+from superego.converters.metadata import Metadata, described
 from superego.converters.references import prepare, seeds, write_replies
 from superego.converters.shape import read_shape
 from superego.converters.streams import (
@@ -165,18 +165,7 @@ def make_vector(
     seconds["tuning"] = time.perf_counter() - mark
     seconds["total"] = time.perf_counter() - started
 
-    described: dict[str, str | int | float] = {
-        "general.name": manifesto.name,
-        "general.description": manifesto.description,
-        "general.version": manifesto.version,
-        "general.license": manifesto.license,
-        "general.base_model.count": 1,
-        "general.base_model.0.name": model.name,
-        "superego.version": superego.__version__,
-        "superego.method": METHOD,
-        "superego.manifesto": manifesto.body,
-        "superego.manifesto.sha256": manifesto.sha256,
-        "superego.base.fingerprint": model.fingerprint,
+    own_keys: Metadata = {
         "superego.settings": json.dumps(
             {"effort": settings.effort, "seed": settings.seed, "unseen": settings.unseen}
         ),
@@ -188,7 +177,7 @@ def make_vector(
         output,
         model.architecture,
         {layer: (direction * best).numpy() for layer, direction in directions.items()},
-        {key: value for key, value in described.items() if value != ""},
+        described(manifesto, model, METHOD, own_keys),
     )
     return {
         "vector": str(output),

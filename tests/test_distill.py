@@ -22,6 +22,7 @@ from superego.converters.compile import Settings, compile_manifesto, open_for_co
 from superego.converters.distill import Options, changes_of, distill, refine
 from superego.converters.streams import Conversation, Pack, predictions
 from superego.converters.student import Student
+from superego.exchanges import kept_references
 from superego.pairs import has_slot
 from superego.progress import Steps
 from superego.refinement import Refinement
@@ -254,3 +255,26 @@ def test_refine_in_a_chat_says_what_it_needs(tiny: BaseModel) -> None:
     assert result.exit_code == 0
     assert "expected minutes" in result.stderr
     assert "needs one --persona" in result.stderr
+
+
+def test_what_the_start_was_fitted_on_is_not_measured_on(
+    tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short the budget is, which decides how many references are written."""
+    start = tmp_path / "start.gguf"
+    compile_manifesto(bundled()["terse"], tiny, start, Settings.for_effort("standard", rank=4))
+    adapter = read_adapter(start)
+    kept = [tuple(prompt) for prompt, _ in kept_references(adapter, tiny.header)]
+    fitted = set(kept[: -int(adapter.own["references.unseen"])])
+    measured: list[tuple[int, ...]] = []
+
+    class Noted(training.Unseen):
+        def __init__(self, base: Any, conversations: Any, prefixes: Any) -> None:
+            measured.extend(tuple(c.prompt) for c in conversations)
+            super().__init__(base, conversations, prefixes)
+
+    monkeypatch.setattr("superego.converters.distill.Unseen", Noted)
+    monkeypatch.setattr("superego.converters.distill._WRITING", 0.0)  # no block more than needed
+    refine(adapter, tiny, tmp_path / "refined.gguf", Options(0.2))
+    assert measured
+    assert not fitted & set(measured)
