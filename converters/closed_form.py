@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from superego.converters.linear_algebra import factor_, leading
 from superego.converters.linear_algebra import solve as solve_with
@@ -82,16 +83,12 @@ def solve(
     student = Streams(base, Pack(conversations, prefixes.student))
     bare = Streams(base, Pack(conversations[:1], prefixes.student))  # for its prefix alone
     own = len(prefixes.student) - prefixes.common  # prefix rows without a twin: kept as they are
-    weight = (_PREFIX_WEIGHT * sum(c.weight for c in conversations)) ** 0.5
+    weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
     slots, key = ({} if slots is None else slots), tuple(prefixes.student)
     if key not in slots:
-        messages = [c.prompt for c in conversations if c.weight == 1]  # whatever the manifesto
-        slots[key] = find_slot(base, messages, prefixes.student, own)
+        slots[key] = find_slot(base, [c.prompt for c in conversations], prefixes.student, own)
     slot = slots[key]
     changes: Changes = dict(slot.changes) if slot else {}
-    row_scale = student.pack.row_scale
-    if row_scale is not None:
-        row_scale = torch.cat([row_scale, torch.ones(len(prefixes.student))])
     if slot:
         probe = Probe(
             base, conversations, prefixes.teacher, prefixes.student, max(1, prefixes.common)
@@ -162,7 +159,7 @@ def solve(
                 inputs = (seen[: len(rows)], prefix)  # the same rows need not be there twice
             del rows, reachable
             try:
-                change = fit(student.weigh(seen), wanted, rank, ridges[write], row_scale)
+                change = fit(student.weigh(seen), wanted, rank, ridges[write])
             except torch.linalg.LinAlgError:
                 raise SuperegoError(
                     f"{base.path}: the fit of blk.{index}.{write} cannot be solved: its inputs are "
@@ -199,23 +196,32 @@ def _both(first: Change, second: Change) -> Change:
     return Change(torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1))
 
 
-def fit(
-    inputs: torch.Tensor,
-    lacking: torch.Tensor,
-    rank: int,
-    ridge: float,
-    scale: torch.Tensor | None = None,
-) -> Change:
+def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) -> Change:
     """Reduced-rank ridge regression of `lacking` (n, out) on `inputs` (n, in).
 
-    `scale` (n,) is the root of each row's weight; None weighs all alike.
-    The Cholesky solve and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top
-    eigenvectors of ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As
-    ΔW (XᵀX + Λ) = RᵀX, that product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
+    Products run in the inputs' type, a chunk of rows at a time; sums, the Cholesky solve
+    and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top eigenvectors of
+    ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As ΔW (XᵀX + Λ) = RᵀX, that
+    product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
-    out = lacking.shape[1]
+    width, out = inputs.shape[1], lacking.shape[1]
+    gram, cross = (torch.zeros(n, width, device=inputs.device) for n in (width, out))
     large = out >= LARGE and out > 2 * rank
-    gram, cross = _moments(inputs, lacking, scale, GRAM_ROWS if large else _GRAM_CHUNK)
+    for start in range(0, len(inputs) if large else 0, GRAM_ROWS):
+        part = slice(start, start + GRAM_ROWS)
+        x, r = inputs[part].T.contiguous(), lacking[part].T.contiguous()
+        for left in range(0, width, _GRAM_BLOCK):
+            columns = slice(left, left + _GRAM_BLOCK)
+            gram[columns, left:] += F.linear(x[columns], x[left:])
+        for top in range(0, out, _GRAM_BLOCK):
+            cross[top : top + _GRAM_BLOCK] += F.linear(r[top : top + _GRAM_BLOCK], x)
+        del x, r
+    for start in range(0, 0 if large else len(inputs), _GRAM_CHUNK):
+        x, r = inputs[start : start + _GRAM_CHUNK], lacking[start : start + _GRAM_CHUNK]
+        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks: nothing reads the others
+            columns = slice(left, left + _GRAM_BLOCK)
+            gram[columns, left:] += x[:, columns].T @ x[:, left:]
+        cross += r.T @ x
     diagonal = gram.diagonal()
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
     diagonal += penalty
@@ -226,48 +232,6 @@ def fit(
     _, vectors = torch.linalg.eigh((seen + seen.T) / 2)
     b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
     return Change((b.T @ delta).contiguous(), b.contiguous())
-
-
-def _moments(
-    inputs: torch.Tensor, lacking: torch.Tensor, scale: torch.Tensor | None, chunk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """XᵀX (in, in), its upper half alone, and RᵀX (out, in), both float32; rows times `scale`.
-
-    Products run in the inputs' type, `chunk` rows at a time, and are summed in float32. A product
-    in bfloat16 is rounded to 8 bits: where rows have much in common that error would exceed the
-    ridge and leave a matrix that is not positive definite. So what all rows share, m, is taken off
-    first. With d the scale, D its diagonal matrix and C = D (X - 1mᵀ):
-    (DX)ᵀDX = CᵀC + m(s + hm)ᵀ + (s + hm)mᵀ with s = Cᵀd and h = dᵀd / 2, (DR)ᵀDX = (DR)ᵀ(C + dmᵀ).
-    """
-    n, width = inputs.shape
-    out = lacking.shape[1]
-    gram, cross = (torch.zeros(rows, width, device=inputs.device) for rows in (width, out))
-    d = inputs.new_ones(n) if scale is None else scale.to(inputs.dtype)
-    weight = float(d.float().square().sum())
-    mean = ((d.square() @ inputs).float() / weight).to(inputs.dtype)
-    total, wanted = (torch.zeros(columns, device=inputs.device) for columns in (width, out))
-    for start in range(0, n, chunk):
-        part = slice(start, start + chunk)
-        x, r = inputs[part], lacking[part]
-        if chunk > _GRAM_CHUNK:  # a layout that wide products are faster in
-            x, r = x.T.contiguous().T.sub_(mean), r.T.contiguous().T
-        else:
-            x = x - mean
-        if scale is not None:
-            x *= d[part, None]
-            r = r * d[part, None]
-        total += d[part] @ x
-        wanted += r.T.float() @ d[part].float()
-        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks: nothing reads the others
-            columns = slice(left, left + _GRAM_BLOCK)
-            gram[columns, left:] += x[:, columns].T @ x[:, left:]
-        for top in range(0, out, _GRAM_BLOCK):
-            cross[top : top + _GRAM_BLOCK] += r[:, top : top + _GRAM_BLOCK].T @ x
-    common = mean.float()
-    half = total + (weight / 2) * common
-    gram.addr_(common, half).addr_(half, common)
-    cross.addr_(wanted, common)
-    return gram, cross
 
 
 def _large(gram: torch.Tensor, cross: torch.Tensor, penalty: torch.Tensor, rank: int) -> Change:

@@ -25,7 +25,6 @@ from superego.converters.device import free_memory, on, pick_device
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
 from superego.converters.metadata import Metadata, described
-from superego.converters.recitals import write_recitals
 from superego.converters.references import (
     BLOCKS,
     LONG_REPLY,
@@ -59,7 +58,6 @@ class Settings:
 
     effort: str
     blocks: int  # of reference conversations
-    recitals: int  # conversations that begin with the manifesto's own words
     unseen: int  # conversations kept from the fit, to measure it
     rank: int
     ridge: float  # of attn_output
@@ -76,9 +74,11 @@ class Settings:
     def for_effort(cls, effort: str, rank: int | None = None, seed: int = 0) -> Settings:
         """The settings of `quick`, `standard` or `thorough`, with a rank of one's own."""
         known = {
-            "quick": cls("quick", 1, 24, 12, rank=96, ridge=0.4, ridge_ffn=1.5, seed=seed),
-            "standard": cls("standard", 2, 72, 20, rank=160, ridge=0.2, ridge_ffn=1, seed=seed),
-            "thorough": cls("thorough", 4, 144, 48, rank=256, ridge=0.1, ridge_ffn=0.5, seed=seed),
+            "quick": cls("quick", 1, unseen=12, rank=96, ridge=0.4, ridge_ffn=1.5, seed=seed),
+            "standard": cls("standard", 2, unseen=20, rank=160, ridge=0.2, ridge_ffn=1, seed=seed),
+            "thorough": cls(
+                "thorough", 4, unseen=48, rank=256, ridge=0.1, ridge_ffn=0.5, seed=seed
+            ),
         }
         if effort not in known:
             raise SuperegoError(f"effort '{effort}': expected one of {', '.join(known)}")
@@ -177,9 +177,7 @@ def compile_on(
     llm = opened.llm if opened else load(model, threads=threads, vocab_only=True)
     prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
     rank = min(settings.rank, read_shape(model.header).d_model)
-    if opened is None:
-        ahead = _with_recitals(prompts, settings)
-        opened = open_for_compile(model, llm, steps, ahead, rank, memory)
+    opened = opened or open_for_compile(model, llm, steps, prompts, rank, memory)
     base, rate = opened.base, opened.rate
     seconds = {"load": time.perf_counter() - started}
 
@@ -202,36 +200,24 @@ def compile_on(
             told,
             opened.sizes.room,
         )
-    unseen, seen = conversations[-settings.unseen :], conversations[: -settings.unseen]
-    recitals = write_recitals(
-        llm,
-        base,
-        model.fingerprint,
-        replace(prompts, rest=[c.prompt for c in seen]),
-        manifesto.body,
-        settings.recitals,
-        settings.seed,
-        use_cache and not known,
-        lambda done, total: steps.update("writing recitals", done, total),
-        opened.sizes.room,
-    )
     if not base.resident:
         base.keep(0, tables=False)  # a walk reads each layer once; its memory is for the rows
     seconds["references"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
-    fitted = [*seen, *recitals]
+    unseen = conversations[-settings.unseen :]
+    seen = conversations[: -settings.unseen]
     unfinished = Unfinished(
         [superego.__version__, torch.__version__, model.fingerprint, str(base.dtype)],
         [base.device.type, torch.get_num_threads(), {**asdict(settings), "rank": rank}],
         [prompts.prefixes.teacher, prompts.prefixes.student],
-        [[c.prompt, c.reply] for c in fitted],
+        [[c.prompt, c.reply] for c in seen],
     )
     if unfinished.layers:
         steps.note(f"going on behind layer {unfinished.layers} of {base.shape.n_layer}")
     changes = solve(
         base,
-        fitted,
+        seen,
         prompts.prefixes,
         rank,
         {"attn_output": settings.ridge, "ffn_down": settings.ridge_ffn},
@@ -255,7 +241,7 @@ def compile_on(
     seconds["measure"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
-    tokens = sum(len(c.prompt) + len(c.reply) for c in [*conversations, *recitals])
+    tokens = sum(len(c.prompt) + len(c.reply) for c in conversations)
     recovered = 1 - kl_adapter / kl_base if kl_base > 0 else 0.0
     check_unchanged(model.header)
     write_adapter(
@@ -272,7 +258,7 @@ def compile_on(
     unfinished.remove()
     seconds["write"] = time.perf_counter() - mark
     seconds["total"] = time.perf_counter() - started
-    rows = sum(len(c.prompt) + len(c.reply) - 1 for c in fitted)
+    rows = sum(len(c.prompt) + len(c.reply) - 1 for c in seen)
     return {
         "adapter": str(output),
         "bytes": output.stat().st_size,
@@ -282,7 +268,6 @@ def compile_on(
         "references": len(conversations),
         "references from cache": cached,
         "references kept": kept,
-        "recitals": len(recitals),
         "reference tokens": tokens,
         "kl recovered on unseen references": round(recovered, 4),
         "kl base": round(kl_base, 4),
@@ -329,7 +314,7 @@ def plan(
     llm = load(model, threads=threads, vocab_only=True)
     prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
     dtype, rate = probe_dtype()
-    rest = _with_recitals(prompts, settings).rest
+    rest = prompts.rest
     rows = sum(len(r) for r in rest) + sum(reply_limits(len(rest)))
     rank = min(settings.rank, shape.d_model)
     # Shares of the peak that the steps reached on 2 cores with the 135M model.
@@ -345,8 +330,7 @@ def plan(
         "architecture": shape.architecture,
         "effort": settings.effort,
         "rank": rank,
-        "references": len(prompts.rest),
-        "recitals": min(settings.recitals, len(prompts.rest)),
+        "references": len(rest),
         "reference tokens, at most": rows,
         "compute type": str(dtype).removeprefix("torch."),
         "estimated seconds": round(6 + write + fit),
@@ -355,11 +339,6 @@ def plan(
         "batches of references": sizes.batches,
         "adapter bytes": 2 * rank * shape.n_layer * per_pair,
     }
-
-
-def _with_recitals(prompts: Prompts, settings: Settings) -> Prompts:
-    """The prompts and, for estimates, as many again as recitals are worth: two replies each."""
-    return replace(prompts, rest=prompts.rest + prompts.rest[: 2 * settings.recitals])
 
 
 def _metadata(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from superego.converters.compile import Opened, open_for_compile, pairs
 from superego.converters.examples import Example, as_conversations
 from superego.converters.kept import stored
 from superego.converters.metadata import Metadata, described
-from superego.converters.recitals import write_recitals
 from superego.converters.references import BLOCKS, Prompts, prepare, seeds, write_replies
 from superego.converters.slot import Slot
 from superego.converters.streams import Change, Changes, Conversation
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 UNSEEN = 48  # conversations that are measured on, at most; neither start nor training fits them
 _LEAST_UNSEEN = 12
 _NEUTRAL = 120  # plain texts that are to stay as they are
-_RECITED = 5  # references for one conversation that begins with the manifesto's words
 _WRITING_SHARE = 0.08  # of the matmul peak that writing reaches
 _WRITING = 0.4  # of the budget, at most, for the references
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
@@ -171,7 +169,6 @@ def _run(
     seen = [c for c in conversations if id(c) not in measured_on]
     lessons = fresh if len(fresh) >= len(seen) // 4 else seen
     conversations = [*seen, *unseen]
-    lessons = [*lessons, *_recitals(llm, opened, model, prompts, seen, manifesto, options, steps)]
     texts, front = neutral(llm)
     taught = Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed)
     measured = Unseen(opened.base, unseen, prompts.prefixes)
@@ -258,31 +255,6 @@ def _references(
     while blocks < len(BLOCKS) and each * sum(BLOCKS[: blocks + 1]) < _WRITING * budget:
         blocks += 1
     return first if blocks == 1 else write(blocks)[0]
-
-
-def _recitals(
-    llm: Llama,
-    opened: Opened,
-    model: BaseModel,
-    prompts: Prompts,
-    seen: Sequence[Conversation],
-    manifesto: Manifesto,
-    options: Options,
-    steps: Steps,
-) -> list[Conversation]:
-    """What the teacher says where it begins with its manifesto, one for every few references."""
-    return write_recitals(
-        llm,
-        opened.base,
-        model.fingerprint,
-        replace(prompts, rest=[c.prompt for c in seen]),
-        manifesto.body,
-        len(seen) // _RECITED,
-        options.seed,
-        options.use_cache,
-        lambda done, total: steps.update("writing recitals", done, total),
-        opened.sizes.room,
-    )
 
 
 def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:

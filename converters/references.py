@@ -25,7 +25,7 @@ from superego.base import BaseModel
 from superego.converters.closed_form import Prefixes
 from superego.converters.decode import ROOM, batches, cell_bytes, greedy, prefill
 from superego.converters.streams import Conversation
-from superego.converters.transformer import Base, KeyValue
+from superego.converters.transformer import Base
 from superego.dialogue import encode
 from superego.errors import SuperegoError
 from superego.manifesto import Manifesto
@@ -127,7 +127,7 @@ def write_replies(
     Returns the conversations in the order of the prompts and how many came from the cache.
     `room` is what their keys and values may take at once, in bytes.
     """
-    teacher = Teacher(llm, base, base_fingerprint, prompts.prefixes, use_cache, room)
+    stop = stop_tokens(llm)
     conversations: list[Conversation] = []
     cached = done = 0
     ends = list(itertools.accumulate(BLOCKS[:n_blocks]))
@@ -137,61 +137,45 @@ def write_replies(
         if (block := prompts.rest[end - size : end])
     ]
     total = sum(sum(reply_limits(len(b))) for b in blocks)
+    prefix = None
     for block in blocks:
         limits = reply_limits(len(block))
-        start = done
+        order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
+        # how many are written at once decides which sums are rounded how
+        sizes = batches(
+            [block[i] for i in order],
+            [limits[i] for i in order],
+            room // cell_bytes(base.shape, base.dtype),
+        )
+        key = _key(base, base_fingerprint, prompts.prefixes, block, sizes)
+        path = cache_folder() / f"{key}.json"
+        replies = _read(path, len(block), base.shape.n_vocab) if use_cache else None
+        if replies is not None:
+            cached += len(block)
+        else:
+            if prefix is None:
+                prefix = prefill(base, prompts.prefixes.teacher)
+            start = done
 
-        def told(tokens: int, start: int = start) -> None:
-            progress(start + tokens, total)
+            def told(tokens: int, start: int = start) -> None:
+                progress(start + tokens, total)
 
-        replies, known = teacher.replies(block, limits, told)
-        cached += len(block) if known else 0
-        done += sum(limits)
+            written = greedy(
+                base,
+                [block[i] for i in order],
+                prefix,
+                [limits[i] for i in order],
+                stop,
+                told,
+                room,
+            )
+            replies = [r for _, r in sorted(zip(order, written, strict=True))]
+            if use_cache:
+                _store(path, replies)
+        done += sum(reply_limits(len(block)))
         progress(done, total)
         conversations += [Conversation(p, r) for p, r in zip(block, replies, strict=True)]
     return conversations, cached
-
-
-class Teacher:
-    """The base behind the manifesto, writing replies a block at a time, or finding them cached."""
-
-    def __init__(
-        self,
-        llm: Llama,
-        base: Base,
-        fingerprint: str,
-        prefixes: Prefixes,
-        use_cache: bool,
-        room: int = ROOM,
-    ) -> None:
-        """`room` is what a block's keys and values may take at once, in bytes."""
-        self._stop = stop_tokens(llm)
-        self._base, self._fingerprint, self._prefixes = base, fingerprint, prefixes
-        self._use_cache, self._room = use_cache, room
-        self._prefix: list[KeyValue] | None = None
-
-    def replies(
-        self, block: list[list[int]], limits: list[int], told: Callable[[int], None]
-    ) -> tuple[list[list[int]], bool]:
-        """A greedy reply of at most so many tokens to each prompt, and whether it was cached."""
-        base = self._base
-        order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
-        front, most = [block[i] for i in order], [limits[i] for i in order]
-        # how many are written at once decides which sums are rounded how
-        sizes = batches(front, most, self._room // cell_bytes(base.shape, base.dtype))
-        usual = limits == reply_limits(len(block))
-        key = _key(base, self._fingerprint, self._prefixes, block, sizes, [] if usual else [limits])
-        path = cache_folder() / f"{key}.json"
-        replies = _read(path, len(block), base.shape.n_vocab) if self._use_cache else None
-        if replies is not None:
-            return replies, True
-        if self._prefix is None:
-            self._prefix = prefill(base, self._prefixes.teacher)
-        written = greedy(base, front, self._prefix, most, self._stop, told, self._room)
-        replies = [r for _, r in sorted(zip(order, written, strict=True))]
-        if self._use_cache:
-            _store(path, replies)
-        return replies, False
 
 
 def _key(
@@ -200,7 +184,6 @@ def _key(
     prefixes: Prefixes,
     block: list[list[int]],
     sizes: list[int],
-    more: list[object],
 ) -> str:
     parts: list[object] = [
         superego.__version__,
@@ -210,7 +193,6 @@ def _key(
         [LONG_REPLY, SHORT_REPLY],
         prefixes.teacher,
         block,
-        *more,
     ]
     if len(sizes) > 1:
         parts.append(sizes)

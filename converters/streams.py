@@ -85,7 +85,6 @@ class Conversation:
 
     prompt: list[int]
     reply: list[int]
-    weight: float = 1.0  # of its rows, in a fit and in a mean over replies
 
 
 class Pack:
@@ -111,17 +110,9 @@ class Pack:
                 for i in range(len(text))
             ]
         )
-        weights = torch.tensor([c.weight for c in self.conversations])
-        # what a row is multiplied by in least squares, where conversations' weights differ
-        self.row_scale = None
-        if len(weights.unique()) > 1:
-            self.row_scale = torch.repeat_interleave(
-                weights.sqrt(), torch.tensor(self.rows.lengths)
-            )
         counts = torch.tensor([len(c.reply) for c in self.conversations])
         self.reply_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        # mean over replies
-        self.reply_weight = (weights / counts / weights.sum())[self.reply_of]
+        self.reply_weight = (1.0 / counts / len(counts))[self.reply_of]  # mean over replies
 
 
 class Streams:

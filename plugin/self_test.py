@@ -110,9 +110,7 @@ class _Test:
         from superego.converters.compile import Settings, compile_manifesto
         from superego.manifesto import Manifesto
 
-        settings = Settings(
-            "quick", 1, 0, unseen=4, rank=4, ridge=0.4, ridge_ffn=1.5, seed=0, most=12
-        )
+        settings = Settings("quick", 1, unseen=4, rank=4, ridge=0.4, ridge_ffn=1.5, seed=0, most=12)
         manifesto = Manifesto("test", "You are a pirate and speak of nothing but the sea.")
         compile_manifesto(manifesto, self._model, self._file, settings, use_cache=False)
 
