@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from superego.converters.linear_algebra import factor_, leading
 from superego.converters.linear_algebra import solve as solve_with
@@ -199,29 +198,13 @@ def _both(first: Change, second: Change) -> Change:
 def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) -> Change:
     """Reduced-rank ridge regression of `lacking` (n, out) on `inputs` (n, in).
 
-    Products run in the inputs' type, a chunk of rows at a time; sums, the Cholesky solve
-    and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top eigenvectors of
-    ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As ΔW (XᵀX + Λ) = RᵀX, that
-    product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
+    The Cholesky solve and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top
+    eigenvectors of ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As
+    ΔW (XᵀX + Λ) = RᵀX, that product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
-    width, out = inputs.shape[1], lacking.shape[1]
-    gram, cross = (torch.zeros(n, width, device=inputs.device) for n in (width, out))
+    out = lacking.shape[1]
     large = out >= LARGE and out > 2 * rank
-    for start in range(0, len(inputs) if large else 0, GRAM_ROWS):
-        part = slice(start, start + GRAM_ROWS)
-        x, r = inputs[part].T.contiguous(), lacking[part].T.contiguous()
-        for left in range(0, width, _GRAM_BLOCK):
-            columns = slice(left, left + _GRAM_BLOCK)
-            gram[columns, left:] += F.linear(x[columns], x[left:])
-        for top in range(0, out, _GRAM_BLOCK):
-            cross[top : top + _GRAM_BLOCK] += F.linear(r[top : top + _GRAM_BLOCK], x)
-        del x, r
-    for start in range(0, 0 if large else len(inputs), _GRAM_CHUNK):
-        x, r = inputs[start : start + _GRAM_CHUNK], lacking[start : start + _GRAM_CHUNK]
-        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks: nothing reads the others
-            columns = slice(left, left + _GRAM_BLOCK)
-            gram[columns, left:] += x[:, columns].T @ x[:, left:]
-        cross += r.T @ x
+    gram, cross = _moments(inputs, lacking, GRAM_ROWS if large else _GRAM_CHUNK)
     diagonal = gram.diagonal()
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
     diagonal += penalty
@@ -232,6 +215,42 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
     _, vectors = torch.linalg.eigh((seen + seen.T) / 2)
     b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
     return Change((b.T @ delta).contiguous(), b.contiguous())
+
+
+def _moments(
+    inputs: torch.Tensor, lacking: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """XᵀX (in, in), its upper half alone, and RᵀX (out, in), both float32.
+
+    Products run in the inputs' type, `chunk` rows at a time, and are summed in float32. A product
+    in bfloat16 is rounded to 8 bits: where rows have much in common that error would exceed the
+    ridge and leave a matrix that is not positive definite. So what all rows share, m, is taken off
+    first: X = C + 1mᵀ, XᵀX = CᵀC + m(s + nm/2)ᵀ + (s + nm/2)mᵀ with s the sum of C's rows.
+    """
+    n, width = inputs.shape
+    out = lacking.shape[1]
+    gram, cross = (torch.zeros(rows, width, device=inputs.device) for rows in (width, out))
+    ones = inputs.new_ones(n)
+    mean = ((ones @ inputs).float() / n).to(inputs.dtype)
+    total, wanted = (torch.zeros(columns, device=inputs.device) for columns in (width, out))
+    for start in range(0, n, chunk):
+        x, r = inputs[start : start + chunk], lacking[start : start + chunk]
+        wanted += r.float().sum(0)
+        if chunk > _GRAM_CHUNK:  # a layout that wide products are faster in
+            x, r = x.T.contiguous().T.sub_(mean), r.T.contiguous().T
+        else:
+            x = x - mean
+        total += ones[: len(x)] @ x
+        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks: nothing reads the others
+            columns = slice(left, left + _GRAM_BLOCK)
+            gram[columns, left:] += x[:, columns].T @ x[:, left:]
+        for top in range(0, out, _GRAM_BLOCK):
+            cross[top : top + _GRAM_BLOCK] += r[:, top : top + _GRAM_BLOCK].T @ x
+    common = mean.float()
+    half = total + (n / 2) * common
+    gram.addr_(common, half).addr_(half, common)
+    cross.addr_(wanted, common)
+    return gram, cross
 
 
 def _large(gram: torch.Tensor, cross: torch.Tensor, penalty: torch.Tensor, rank: int) -> Change:

@@ -42,3 +42,18 @@ def test_a_large_fit_explains_as_much_as_the_exact_one() -> None:
             closed_form.LARGE = before
         left.append(float((wanted - inputs @ change.a.T @ change.b.T).norm()))
     assert abs(left[0] / left[1] - 1) < 0.002
+
+
+def test_a_fit_bears_inputs_that_have_nearly_everything_in_common() -> None:
+    """A product in bfloat16 would round away the ridge of such rows."""
+    generator = torch.Generator().manual_seed(4)
+    common = 5 * torch.randn(600, generator=generator)
+    inputs = (common + 0.05 * torch.randn(1500, 600, generator=generator)).bfloat16()
+    wanted = torch.randn(1500, 40, generator=generator).bfloat16()
+    change = fit(inputs, wanted, 40, 0.02)
+    exact = fit(inputs.float(), wanted.float(), 40, 0.02)
+    left, least = (
+        float((wanted.float() - inputs.float() @ each.a.T @ each.b.T).norm())
+        for each in (change, exact)
+    )
+    assert left < 1.01 * least
