@@ -3,9 +3,11 @@
     python benchmarks/sizes.py Llama-3.2-1B --memory 3
     python benchmarks/sizes.py Llama-3.1-8B --memory 9 --layers 4 --effort quick
 
-With --layers the model has its first layers alone. Memory is this process's own, read from
-/proc/self/status every 20 ms, anonymous memory and file pages apart (weights are read, not mapped,
-so that the file lies in the page cache, which the system takes back when it needs to).
+With --layers the model has its first layers alone. The floor is the arithmetic that a fit cannot
+do without (docs/sizes.md) over the measured speed of a large matrix product, of each type. Memory
+is this process's own, read from /proc/self/status every 20 ms, anonymous memory and file pages
+apart (weights are read, not mapped, so that the file lies in the page cache, which the system
+takes back when it needs to).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -22,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from random_models import MODELS, write
 
-from superego.base import open_base
+from superego.base import BaseModel, open_base
 from superego.bundled import bundled
 from superego.converters.compile import Settings, compile_manifesto
+from superego.converters.linear_algebra import EXTRA
+from superego.converters.shape import read_shape
 from superego.progress import Steps
 
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
@@ -66,6 +71,20 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * 4096**3 / min(seconds) / 1e9
 
 
+def floor(model: BaseModel, rows: float, rank: int, peaks: dict[str, float]) -> float:
+    """Seconds of a fit whose every operation ran at the speed of a large matrix product."""
+    shape = read_shape(model.header)
+    d, heads, kv = shape.d_model, *(n * shape.head_dim for n in (shape.n_head, shape.n_head_kv))
+    weights = 2 * d * (heads + kv) + 3 * d * shape.d_ff
+    half = full = 0.0
+    for width in (heads, shape.d_ff):
+        half += rows * width**2 + 2 * rows * width * d  # the upper half of XᵀX, and RᵀX
+        full += width**3 / 3 + 9 * 2 * (rank + EXTRA) * width**2  # factor, solves
+    half += 2 * 2 * rows * weights  # teacher's and student's walk
+    full += 2 * rows * d**2  # where there is a slot: the covariance of all rows
+    return shape.n_layer * (half / peaks["bfloat16"] + full / peaks["float32"]) / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", choices=list(MODELS))
@@ -74,19 +93,31 @@ def main() -> None:
     parser.add_argument("--effort", default="standard")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="superego-sizes-") as folder:
+        began = time.perf_counter()
         path = write(MODELS[options.model], Path(folder) / "base.gguf", options.layers)
         with torch.no_grad():
             peaks = {str(d)[6:]: round(peak(d)) for d in (torch.float32, torch.bfloat16)}
+        size = path.stat().st_size
+        print(f"written in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         steps = Watched()
+        settings, model = Settings.for_effort(options.effort), open_base(str(path))
         report = compile_manifesto(
             bundled()["pirate"],
-            open_base(str(path)),
+            model,
             Path(folder) / "out.gguf",
-            Settings.for_effort(options.effort),
+            settings,
             use_cache=False,
             steps=steps,
             memory=options.memory,
         )
+        # the walks and the moments read the rows that are fitted, not those kept unseen
+        rows = report["reference tokens"] * (1 - settings.unseen / report["references"])
+        least = floor(model, rows, report["rank"], peaks)
+    report |= {
+        "file GB": round(size / 1e9, 2),
+        "fit's floor, seconds": round(least, 1),
+        "fit's share of the floor": round(least / report["seconds"]["fit"], 3),
+    }
     print(json.dumps({"model": options.model, "peak GFLOP/s": peaks, **report}, indent=2))
     print("\n| step | " + " | ".join(f"{name} GB" for name in FIELDS) + " |\n|---|---|---|---|")
     for step in dict.fromkeys(step for step, _ in steps.peaks):
