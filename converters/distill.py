@@ -137,7 +137,7 @@ def _run(
     torch.set_num_threads(options.threads or default_threads())
     torch.set_grad_enabled(False)
     llm = opened.llm if opened else load(model, threads=options.threads, vocab_only=True)
-    prompts = prepare(llm, model, manifesto, seeds(options.seed))
+    prompts = prepare(llm, model, manifesto, seeds(options.seed)[: sum(BLOCKS)])
     own = []
     if examples is not None:
         own = as_conversations(llm, model, *examples, prompts.prefixes.student)

@@ -22,6 +22,7 @@ from superego.template import ChatTemplate
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
+_AT_ONCE = 256  # messages rendered together
 Exchange = tuple[list[int], list[int]]  # prompt and reply, tokens behind the prefix
 
 
@@ -76,8 +77,14 @@ def unused_prompts(llm: Llama, base: Header, adapters: Sequence[Adapter], n: int
     lines = [line for line in text.read_text("utf-8").splitlines() if line.strip()]
     found = lines[::-1]  # an adapter that does not keep its references began at the front
     used = {tuple(p) for a in adapters for p, _ in kept_references(a, base)}
-    rest = encode(llm, ChatTemplate(base), None, found).rest
-    unused = [line for line, tokens in zip(found, rest, strict=True) if tuple(tokens) not in used]
+    template = ChatTemplate(base)
+    unused: list[str] = []
+    for start in range(0, len(found), _AT_ONCE):  # there are thousands, of which few are wanted
+        some = found[start : start + _AT_ONCE]
+        rest = encode(llm, template, None, some).rest
+        unused += [m for m, tokens in zip(some, rest, strict=True) if tuple(tokens) not in used]
+        if len(unused) >= n:
+            break
     if len(unused) < min(n, 8):
         raise SuperegoError(f"only {len(unused)} messages are left that no adapter was fitted on")
     return unused[:n]
