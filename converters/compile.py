@@ -21,7 +21,7 @@ from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.converters.closed_form import solve
-from superego.converters.device import free_memory, on, pick_device
+from superego.converters.device import free_memory
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
 from superego.converters.metadata import Metadata, described
@@ -138,35 +138,13 @@ def compile_manifesto(
     known: Known | None = None,
     extra: Mapping[str, str | int | float] | None = None,
     memory: float | None = None,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """`compile_on` on the device of that name; without `opened`, which has its own."""
-    with on(pick_device(device)):
-        return compile_on(
-            manifesto, model, output, settings, threads, use_cache, steps, opened, known, extra,
-            memory,
-        )  # fmt: skip
-
-
-def compile_on(
-    manifesto: Manifesto,
-    model: BaseModel,
-    output: Path,
-    settings: Settings,
-    threads: int | None = None,
-    use_cache: bool = True,
-    steps: Steps | None = None,
-    opened: Opened | None = None,
-    known: Known | None = None,
-    extra: Mapping[str, str | int | float] | None = None,
-    memory: float | None = None,
 ) -> dict[str, Any]:
     """Write an adapter for `model` to `output`; returns what was done and what it cost.
 
     `opened` is the base where it is in memory already. `known` are replies to keep where
     this manifesto's teacher would say the same; the others are written, without the cache.
-    `extra` is metadata to add. Raises SuperegoError for a base or manifesto that cannot be
-    compiled, before any work.
+    `extra` is metadata to add. Torch computes on its default device. Raises SuperegoError for
+    a base or manifesto that cannot be compiled, before any work.
     """
     steps = steps or Steps(quiet=True)
     started = time.perf_counter()

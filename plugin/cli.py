@@ -194,18 +194,19 @@ def compile(
         click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
     check_writable(output, Path(manifesto))
+    devices = converter("device")
     with Steps() as steps:
-        result = compiler.compile_manifesto(
-            text,
-            model,
-            output,
-            settings,
-            threads=threads,
-            use_cache=not no_cache,
-            steps=steps,
-            memory=memory,
-            device=device,
-        )
+        with devices.on(devices.pick_device(device)):
+            result = compiler.compile_manifesto(
+                text,
+                model,
+                output,
+                settings,
+                threads=threads,
+                use_cache=not no_cache,
+                steps=steps,
+                memory=memory,
+            )
         if refine_minutes is not None:
             module = converter("distill")
             options = module.Options(refine_minutes, seed=seed, threads=threads)
