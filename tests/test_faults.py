@@ -131,6 +131,7 @@ def test_an_interrupt_inside_a_callback_is_not_lost() -> None:
     code = """
         import ctypes, signal, time
         from superego.interrupt import keep_interrupts
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
         keep_interrupts()
         def called():
             signal.raise_signal(signal.SIGINT)
