@@ -133,6 +133,8 @@ class Persona(llm.Model):
         template = ChatTemplate(read_header(self._base().path))
         chat = Chat(live, template, "\n\n".join(system) or None)
         chat.messages = turns[:-1]
+        if not chat.messages:
+            live.reset()  # as in a fresh process: rounding depends on what is read together
         yield from chat.reply(turns[-1]["content"], options.max_tokens, options.temperature)
 
     def _base(self) -> Any:
