@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from superego.base import open_base
-from superego.converters.closed_form import Prefixes, solve
-from superego.converters.streams import Conversation, Pack, Streams, mean_kl, predictions
+from superego.converters.closed_form import solve
+from superego.converters.streams import Conversation, Pack, Prefixes, Streams, mean_kl, predictions
 from superego.converters.transformer import Base
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -24,7 +24,7 @@ from tiny import TINY, build
 LEFT_OUT = {
     "as it is": {"weigh": Streams.weigh},
     "the norm linearized": {"reachable": lambda self, rows, prefix: (rows, prefix)},
-    "inputs not weighed": {"weigh": lambda self, rows: rows},
+    "inputs not weighed": {"weigh": lambda self, rows, prefix: [rows, prefix]},
 }
 
 

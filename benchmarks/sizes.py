@@ -30,6 +30,7 @@ from superego.bundled import bundled
 from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.linear_algebra import EXTRA
 from superego.converters.shape import read_shape
+from superego.converters.transformer import probe_dtype
 from superego.progress import Steps
 
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
@@ -71,8 +72,11 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * 4096**3 / min(seconds) / 1e9
 
 
-def floor(model: BaseModel, rows: float, rank: int, peaks: dict[str, float]) -> float:
-    """Seconds of a fit whose every operation ran at the speed of a large matrix product."""
+def floor(model: BaseModel, rows: float, rank: int, peaks: dict[str, float], compute: str) -> float:
+    """Seconds of a fit whose every operation ran at the speed of a large matrix product.
+
+    `compute` is the type of the walks and moments; factors and solves are float32 always.
+    """
     shape = read_shape(model.header)
     d, heads, kv = shape.d_model, *(n * shape.head_dim for n in (shape.n_head, shape.n_head_kv))
     weights = 2 * d * (heads + kv) + 3 * d * shape.d_ff
@@ -82,7 +86,7 @@ def floor(model: BaseModel, rows: float, rank: int, peaks: dict[str, float]) -> 
         full += width**3 / 3 + 9 * 2 * (rank + EXTRA) * width**2  # factor, solves
     half += 2 * 2 * rows * weights  # teacher's and student's walk
     full += 2 * rows * d**2  # where there is a slot: the covariance of all rows
-    return shape.n_layer * (half / peaks["bfloat16"] + full / peaks["float32"]) / 1e9
+    return shape.n_layer * (half / peaks[compute] + full / peaks["float32"]) / 1e9
 
 
 def main() -> None:
@@ -96,7 +100,8 @@ def main() -> None:
         began = time.perf_counter()
         path = write(MODELS[options.model], Path(folder) / "base.gguf", options.layers)
         with torch.no_grad():
-            peaks = {str(d)[6:]: round(peak(d)) for d in (torch.float32, torch.bfloat16)}
+            kinds = {torch.float32, probe_dtype()[0]}  # bfloat16 takes minutes where it is emulated
+            peaks = {str(d)[6:]: round(peak(d)) for d in kinds}
         size = path.stat().st_size
         print(f"written in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         steps = Watched()
@@ -112,7 +117,7 @@ def main() -> None:
         )
         # the walks and the moments read the rows that are fitted, not those kept unseen
         rows = report["reference tokens"] * (1 - settings.unseen / report["references"])
-        least = floor(model, rows, report["rank"], peaks)
+        least = floor(model, rows, report["rank"], peaks, report["compute type"])
     report |= {
         "file GB": round(size / 1e9, 2),
         "fit's floor, seconds": round(least, 1),

@@ -18,6 +18,7 @@ from superego.converters.transformer import Base, project_qkv, rms_norm
 _QUERIES = 600  # rows of them, a layer
 _ROUNDS = 3  # of clustering
 _KEY_RIDGE, _VALUE_RIDGE = 0.05, 0.02  # times the mean diagonal
+_LEAST = 0.1  # of what a cell stands for, however much of it other cells take
 
 
 @dataclass
@@ -29,42 +30,95 @@ class Cells:
     token: torch.Tensor
 
 
-def queries(
-    base: Base,
-    streams: Streams,
-    index: int,
-    key: torch.Tensor,
-    front: int,
-    common: int,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled queries of a layer and the log of the attention mass outside the manifesto.
+@dataclass
+class Attended:
+    """What queries get from some cells: log mass (..., q) and mean value (..., q, head_dim)."""
 
-    Returns (n_head_kv, n, head_dim), scaled and rotated, and (n_head_kv, n).
+    mass: torch.Tensor
+    output: torch.Tensor
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Attended:
+        """query (q, head_dim), scaled; key and value (cells, head_dim), none or more."""
+        scores = query @ key.T
+        return cls(scores.logsumexp(-1), scores.softmax(-1) @ value)
+
+    def share(self, total: torch.Tensor) -> torch.Tensor:
+        """What these cells give to the output where all cells have the log mass `total`."""
+        return (self.mass - total).exp()[..., None] * self.output
+
+
+def queries(
+    base: Base, streams: Streams, index: int, generator: torch.Generator
+) -> tuple[torch.Tensor, Attended]:
+    """Sampled queries of a layer and what they get from their own conversation.
+
+    Returns (n_head_kv, n, head_dim), scaled and rotated, and the same in front of what they get.
     """
     shape, pack, layer = base.shape, streams.pack, base.layer(index)
     hidden = rms_norm(streams.rows, layer.attn_norm, shape.rms_eps, base.dtype)
-    query, own_key, _ = project_qkv(base, layer, hidden, streams.rotations[index])
+    query, own_key, own_value = project_qkv(base, layer, hidden, streams.rotations[index])
     query = query.float() * shape.attention_scale
-    own_key = own_key.float()
+    own_key, own_value = own_key.float(), own_value.float()
     group = shape.n_head // shape.n_head_kv
-    own = torch.empty(len(query), shape.n_head)
+    mass = torch.empty(len(query), shape.n_head)
+    output = torch.empty(len(query), shape.n_head, shape.head_dim)
     for start, stop, gather, scatter in pack.rows.chunks:
         q = query[start:stop][gather].transpose(1, 2)  # (batch, n_head, width, head_dim)
-        k = own_key[start:stop][gather].transpose(1, 2).repeat_interleave(group, 1)
+        k, v = (
+            each[start:stop][gather].transpose(1, 2).repeat_interleave(group, 1)
+            for each in (own_key, own_value)
+        )
         width = gather.shape[1]
         scores = (q @ k.transpose(2, 3)).masked_fill(
             ~torch.ones(width, width, dtype=torch.bool).tril(), float("-inf")
         )
-        mass = scores.logsumexp(-1).transpose(1, 2).reshape(-1, shape.n_head)
-        own[start:stop] = mass[scatter]
+        mass[start:stop] = scores.logsumexp(-1).transpose(1, 2).flatten(0, 1)[scatter]
+        output[start:stop] = (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1)[scatter]
     n = min(_QUERIES, len(query))
     rows = torch.randperm(len(query), generator=generator, device="cpu")[:n]
-    by_head = query[rows].view(n, shape.n_head_kv, group, -1).transpose(0, 1).flatten(1, 2)
-    outer = torch.cat([key[:, :front], key[:, key.shape[1] - common :]], 1)
-    kept = (by_head @ outer.transpose(1, 2)).logsumexp(-1)  # (n_head_kv, n · group)
-    own = own[rows].view(n, shape.n_head_kv, group).transpose(0, 1).flatten(1, 2)
-    return by_head, torch.logaddexp(kept, own)
+
+    def by_head(each: torch.Tensor) -> torch.Tensor:  # -> (n_head_kv, n · group, ...)
+        return each[rows].unflatten(1, (shape.n_head_kv, group)).transpose(0, 1).flatten(1, 2)
+
+    return by_head(query), Attended(by_head(mass), by_head(output))
+
+
+def stand_in(
+    query: torch.Tensor,
+    shared: Attended,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    instead: Attended,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One cell, key and value (head_dim,), that stands for `key` and `value` (tokens, head_dim).
+
+    Where they are, queries get from them and from `shared`; where the cell is, from it, from
+    `shared` and from `instead`: cells that are there in their place and cannot be removed. With
+    masses Z (the cell's e) and outputs o (the cell's v), of `shared` without a sign, of `instead`
+    primed and of what the cell stands for starred, asked for is
+    (Z o + e v + Z' o') / (Z + e + Z') = (Z o + Z* o*) / (Z + Z*): the key is fitted to
+    log(Z* - Z'), the value to what then lacks, both by least squares.
+    """
+    theirs = Attended.of(query, key, value)
+    total = torch.logaddexp(shared.mass, theirs.mass)
+    wanted = shared.share(total) + theirs.share(total)
+    left = (1 - (instead.mass - theirs.mass).exp()).clamp(min=_LEAST)
+    target = theirs.mass + left.log()
+    mass = (query @ key.T - total[:, None]).exp().mean(0) + 1e-9
+    mass = mass / mass.sum()
+    weight = (target - total).exp() + 1e-4
+    weighted = query * (weight / weight.mean())[:, None]
+    gram = query.T @ weighted
+    gram.diagonal().add_(_KEY_RIDGE * gram.diagonal().mean())
+    fitted = mass @ key
+    fitted = fitted + torch.linalg.solve(gram, weighted.T @ (target - query @ fitted))
+    score = query @ fitted
+    total = torch.logaddexp(torch.logaddexp(shared.mass, score), instead.mass)
+    share = (score - total).exp()
+    start = mass @ value
+    lacking = wanted - shared.share(total) - instead.share(total) - share[:, None] * start
+    return fitted, start + share @ lacking / (share.square().sum() * (1 + _VALUE_RIDGE) + 1e-9)
 
 
 def match(

@@ -8,7 +8,6 @@ activations; the rank cut is reduced-rank regression (Izenman 1975).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +20,7 @@ from superego.converters.streams import (
     Changes,
     Conversation,
     Pack,
+    Prefixes,
     Streams,
     behind,
     changed_layer,
@@ -32,27 +32,12 @@ from superego.errors import SuperegoError
 _CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 _GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
 _GRAM_BLOCK = 512
-GRAM_ROWS = 8192  # the same where outputs are many: adding to float32 takes its time
+# The same in bfloat16 where outputs are many: adding to float32 takes its time. Half as many in
+# float32, which are as many bytes.
+GRAM_ROWS = 8192
 LARGE = 1536  # outputs from which on eigenvectors are found by iteration
 _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
-
-
-@dataclass(frozen=True)
-class Prefixes:
-    """The teacher's and student's shared tokens; the last `common` of both are the same."""
-
-    teacher: list[int]
-    student: list[int]
-
-    @property
-    def common(self) -> int:
-        """Trailing tokens that are the same in both and so have twins to be matched with."""
-        n = 0
-        shortest = min(len(self.teacher), len(self.student))
-        while n < shortest and self.teacher[-1 - n] == self.student[-1 - n]:
-            n += 1
-        return n
 
 
 def solve(
@@ -89,9 +74,7 @@ def solve(
     slot = slots[key]
     changes: Changes = dict(slot.changes) if slot else {}
     if slot:
-        probe = Probe(
-            base, conversations, prefixes.teacher, prefixes.student, max(1, prefixes.common)
-        )
+        probe = Probe(base, conversations, prefixes, slot.position)
     done = unfinished.layers if unfinished else 0
     kept = (
         {key: Change(*(m.to(base.device) for m in pair)) for key, pair in unfinished.found.items()}
@@ -105,7 +88,7 @@ def solve(
             if index < done:
                 written = {m: kept[index, m] for m in _CELL if (index, m) in kept}
             elif index > slot.layer:
-                written = write_cell(base, layer, student, slot, probe.cell(index))
+                written = write_cell(base, layer, student, slot, probe.cell(index, student.prefix))
             else:
                 written = {}
             solved.update({(index, matrix): found for matrix, found in written.items()})
@@ -136,7 +119,8 @@ def solve(
             if slot and mark:
                 bare.add_change(own_inputs, mark)
                 student.add_change(inputs, mark)
-                rows, prefix = (_without(each, slot.neuron) for each in inputs)
+                for each in inputs:  # the fit must not read the neuron, and so gives it nothing
+                    each[:, slot.neuron] = 0
             # An attention sink's input is huge; uncapped it would drive the whole fit.
             norms = _norms(prefix[:own])
             cap = (_ANCHOR_CAP * _norms(rows).median() / norms).clamp(max=1)
@@ -149,27 +133,28 @@ def solve(
                 ]
             )
             reachable, lacking = student.reachable(teacher.rows - student.rows, lacking)
-            wanted = torch.cat([reachable, lacking * scale])
+            wanted = [reachable, lacking * scale]
+            del reachable
             if slot:  # noise in the mark's direction would be read as the mark
-                wanted -= torch.outer(wanted @ slot.direction, slot.direction)
-            wanted = wanted.to(rows.dtype)
-            seen = torch.cat([rows, (prefix.float() * scale).to(rows.dtype)])
-            if not mark:
-                inputs = (seen[: len(rows)], prefix)  # the same rows need not be there twice
-            del rows, reachable
+                for each in wanted:
+                    each -= torch.outer(each @ slot.direction, slot.direction)
+            wanted = [each.to(rows.dtype) for each in wanted]
+            read = student.weigh(rows, (prefix.float() * scale).to(rows.dtype))
             try:
-                change = fit(student.weigh(seen), wanted, rank, ridges[write])
+                change = fit(read, wanted, rank, ridges[write])
             except torch.linalg.LinAlgError:
                 raise SuperegoError(
                     f"{base.path}: the fit of blk.{index}.{write} cannot be solved: its inputs are "
                     "not finite or vanish; try another --effort, whose ridge differs, or another "
                     "quantization of this model"
                 ) from None
-            del seen, wanted
+            del read, wanted
             change = behind(matrix, change)
             student.add_change(inputs, change)
             solved[index, write] = change
             changes[index, write] = _both(mark, change) if mark else change
+            del inputs, own_inputs, rows, prefix  # or they would lie beside the next ones
+        del layer, changed, matrix
         if unfinished and index >= done:
             found = {key: (each.a.cpu(), each.b.cpu()) for key, each in solved.items()}
             aside = {"generator": probe.generator.get_state()} if slot else {}
@@ -183,28 +168,27 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.float().norm(dim=1) for part in rows.split(_GRAM_CHUNK)])
 
 
-def _without(rows: torch.Tensor, column: int) -> torch.Tensor:
-    """Rows with one column zeroed: what the fit must not read."""
-    rows = rows.clone()
-    rows[:, column] = 0
-    return rows
-
-
 def _both(first: Change, second: Change) -> Change:
     """The sum of two changes of one matrix."""
     return Change(torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1))
 
 
-def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) -> Change:
+def fit(
+    inputs: Sequence[torch.Tensor], lacking: Sequence[torch.Tensor], rank: int, ridge: float
+) -> Change:
     """Reduced-rank ridge regression of `lacking` (n, out) on `inputs` (n, in).
+
+    Both come in parts, a few rows of one for the same rows of the other: together in one matrix
+    the inputs, a fit's largest arrays, would be there twice.
 
     The Cholesky solve and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top
     eigenvectors of ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As
     ΔW (XᵀX + Λ) = RᵀX, that product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
-    out = lacking.shape[1]
+    out = lacking[0].shape[1]
     large = out >= LARGE and out > 2 * rank
-    gram, cross = _moments(inputs, lacking, GRAM_ROWS if large else _GRAM_CHUNK)
+    rows = 2 * GRAM_ROWS // inputs[0].element_size() if large else _GRAM_CHUNK
+    gram, cross = _moments(inputs, lacking, rows)
     diagonal = gram.diagonal()
     penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
     diagonal += penalty
@@ -218,7 +202,7 @@ def fit(inputs: torch.Tensor, lacking: torch.Tensor, rank: int, ridge: float) ->
 
 
 def _moments(
-    inputs: torch.Tensor, lacking: torch.Tensor, chunk: int
+    inputs: Sequence[torch.Tensor], lacking: Sequence[torch.Tensor], chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """XᵀX (in, in), its upper half alone, and RᵀX (out, in), both float32.
 
@@ -227,25 +211,28 @@ def _moments(
     ridge and leave a matrix that is not positive definite. So what all rows share, m, is taken off
     first: X = C + 1mᵀ, XᵀX = CᵀC + m(s + nm/2)ᵀ + (s + nm/2)mᵀ with s the sum of C's rows.
     """
-    n, width = inputs.shape
-    out = lacking.shape[1]
-    gram, cross = (torch.zeros(rows, width, device=inputs.device) for rows in (width, out))
-    ones = inputs.new_ones(n)
-    mean = ((ones @ inputs).float() / n).to(inputs.dtype)
-    total, wanted = (torch.zeros(columns, device=inputs.device) for columns in (width, out))
-    for start in range(0, n, chunk):
-        x, r = inputs[start : start + chunk], lacking[start : start + chunk]
-        wanted += r.float().sum(0)
-        if chunk > _GRAM_CHUNK:  # a layout that wide products are faster in
-            x, r = x.T.contiguous().T.sub_(mean), r.T.contiguous().T
-        else:
-            x = x - mean
-        total += ones[: len(x)] @ x
-        for left in range(0, width, _GRAM_BLOCK):  # the upper blocks: nothing reads the others
-            columns = slice(left, left + _GRAM_BLOCK)
-            gram[columns, left:] += x[:, columns].T @ x[:, left:]
-        for top in range(0, out, _GRAM_BLOCK):
-            cross[top : top + _GRAM_BLOCK] += r[:, top : top + _GRAM_BLOCK].T @ x
+    width, out = inputs[0].shape[1], lacking[0].shape[1]
+    n = sum(map(len, inputs))
+    device, dtype = inputs[0].device, inputs[0].dtype
+    gram, cross = (torch.zeros(rows, width, device=device) for rows in (width, out))
+    ones = inputs[0].new_ones(max(map(len, inputs)))
+    sums = torch.stack([(ones[: len(part)] @ part).float() for part in inputs])
+    mean = (sums.sum(0) / n).to(dtype)
+    total, wanted = (torch.zeros(columns, device=device) for columns in (width, out))
+    for part, missing in zip(inputs, lacking, strict=True):
+        for start in range(0, len(part), chunk):
+            x, r = part[start : start + chunk], missing[start : start + chunk]
+            wanted += r.float().sum(0)
+            if chunk > _GRAM_CHUNK:  # a layout that wide products are faster in
+                x, r = x.T.contiguous().T.sub_(mean), r.T.contiguous().T
+            else:
+                x = x - mean
+            total += ones[: len(x)] @ x
+            for left in range(0, width, _GRAM_BLOCK):  # upper blocks: nothing reads the others
+                columns = slice(left, left + _GRAM_BLOCK)
+                gram[columns, left:] += x[:, columns].T @ x[:, left:]
+            for top in range(0, out, _GRAM_BLOCK):
+                cross[top : top + _GRAM_BLOCK] += r[:, top : top + _GRAM_BLOCK].T @ x
     common = mean.float()
     half = total + (n / 2) * common
     gram.addr_(common, half).addr_(half, common)

@@ -107,7 +107,9 @@ def compact_session(
         layer = base.layer(index)
         key, value = (_rows(base, rows[index], shape.kv_type) for rows in (full.keys, full.values))
         key = _halves(base, key)  # (n_head_kv, tokens, head_dim)
-        query, outside = queries(base, streams, index, key, front, common, generator)
+        query, own = queries(base, streams, index, generator)
+        kept = torch.cat([key[:, :front], key[:, body.stop :]], 1)
+        outside = torch.logaddexp((query @ kept.transpose(1, 2)).logsumexp(-1), own.mass)
         found = [
             match(query[h], outside[h], key[h, body], value[h, body], cells - front - common)
             for h in range(base.shape.n_head_kv)

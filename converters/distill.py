@@ -233,7 +233,7 @@ def _references(
     The first block's time tells what the others will take; an estimate where it was cached.
     """
 
-    def write(blocks: int) -> tuple[list[Conversation], int]:
+    def write(blocks: int, before: Sequence[Conversation] = ()) -> tuple[list[Conversation], int]:
         return write_replies(
             llm,
             opened.base,
@@ -243,6 +243,7 @@ def _references(
             options.use_cache,
             lambda done, total: steps.update("writing references", done, total),
             opened.sizes.room,
+            before,
         )
 
     mark = time.perf_counter()
@@ -254,7 +255,7 @@ def _references(
     blocks = least
     while blocks < len(BLOCKS) and each * sum(BLOCKS[: blocks + 1]) < _WRITING * budget:
         blocks += 1
-    return first if blocks == 1 else write(blocks)[0]
+    return first if blocks == 1 else write(blocks, first)[0]
 
 
 def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:

@@ -83,10 +83,10 @@ def plan_memory(
     while True:
         write, parts = _writing(shape, dtype, prompts, prefix, room)
         write += own
-        if max(write + layer + part, fit + layer + part) <= budget or room <= _LEAST_ROOM:
+        if max(write + part, fit) + layer <= budget or room <= _LEAST_ROOM:
             break
         room //= 2
-    least = max(write, fit) + layer + part
+    least = max(write + part, fit) + layer  # a fit reads no part of the output matrix
     if least > budget:
         raise SuperegoError(
             f"{model.path}: a compile of it needs {least / 1e9:.1f} GB of memory, "
@@ -104,7 +104,7 @@ def plan_memory(
     spare -= n_tables * table if tables else part
     layers = max(0, min(spare // layer, shape.n_layer))
     kept = layers * layer + (n_tables * table if tables else part)
-    return Plan(budget, write + layer + kept, fit + layer + part, layers, tables, room, parts)
+    return Plan(budget, write + layer + kept, fit + layer, layers, tables, room, parts)
 
 
 def _writing(
@@ -143,14 +143,17 @@ def _fitting(shape: Shape, width: int, rows: int, prefix: int, rank: int) -> int
     streams = 2 * 4 * rows * d
     seen = width * rows * wide
     gated = 3 * width * min(rows * shape.d_ff, GATED // 2)
-    walking = seen + gated + width * rows * d + 4 * rows * d
+    projected = shape.head_dim * (shape.n_head + 2 * shape.n_head_kv)
+    attending = width * rows * (d + 2 * projected + 2 * heads)
+    walking = max(seen + gated + width * rows * d, attending) + 4 * rows * d
     columns = rank + EXTRA
+    lacking = (4 + width) * rows * d
     solving = (
-        seen + width * rows * d + 4 * (wide * wide + d * wide)
-        + (width * GRAM_ROWS * (wide + d) + width * GRAM_ROWS * wide // 4 + 16 * wide * columns
+        seen + lacking + 4 * (wide * wide + d * wide)
+        + (2 * GRAM_ROWS * (wide + d) + 2 * GRAM_ROWS * wide // 4 + 16 * wide * columns
            if large else 4 * 4 * d * wide + 2 * 4 * wide * wide)
     )  # fmt: skip
     detecting = 4 * rows * d * 2 + 4 * 4 * d * d  # the covariance of all rows, in float32
     pairs = 2 * (heads + d) + (0 if shape.n_expert else shape.d_ff + d)
     found = 4 * shape.n_layer * rank * pairs
-    return streams + found + max(walking + seen, solving, detecting) + 4 * 8 * prefix * wide
+    return streams + found + max(walking, solving, detecting) + 4 * 8 * prefix * wide

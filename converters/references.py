@@ -22,9 +22,8 @@ import torch
 import superego
 from superego.atomic import replacing
 from superego.base import BaseModel
-from superego.converters.closed_form import Prefixes
 from superego.converters.decode import ROOM, batches, cell_bytes, greedy, prefill
-from superego.converters.streams import Conversation
+from superego.converters.streams import Conversation, Prefixes
 from superego.converters.transformer import Base
 from superego.dialogue import encode
 from superego.errors import SuperegoError
@@ -121,11 +120,13 @@ def write_replies(
     use_cache: bool,
     progress: Callable[[int, int], None],
     room: int = ROOM,
+    before: Sequence[Conversation] = (),
 ) -> tuple[list[Conversation], int]:
     """The first `n_blocks` blocks of prompts with the teacher's greedy replies.
 
     Returns the conversations in the order of the prompts and how many came from the cache.
-    `room` is what their keys and values may take at once, in bytes.
+    `room` is what their keys and values may take at once, in bytes; `before` are those of the
+    first blocks, where they are there already.
     """
     stop = stop_tokens(llm)
     conversations: list[Conversation] = []
@@ -139,6 +140,11 @@ def write_replies(
     total = sum(sum(reply_limits(len(b))) for b in blocks)
     prefix = None
     for block in blocks:
+        behind = len(conversations) + len(block)
+        if behind <= len(before):
+            conversations += before[len(conversations) : behind]
+            done += sum(reply_limits(len(block)))
+            continue
         limits = reply_limits(len(block))
         order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
         # how many are written at once decides which sums are rounded how

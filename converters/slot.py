@@ -15,11 +15,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from superego.converters.cells import match, queries
-from superego.converters.streams import WRITES, Change, Changes, Conversation, Pack, Streams
+from superego.converters.cells import Attended, queries, stand_in
+from superego.converters.streams import (
+    WRITES,
+    Change,
+    Changes,
+    Conversation,
+    Pack,
+    Prefixes,
+    Streams,
+)
 from superego.converters.transformer import (
     Base,
     Layer,
+    Rotation,
     halves_to_pairs,
     project_qkv,
     rms_norm,
@@ -56,41 +65,60 @@ class Probe:
         self,
         base: Base,
         conversations: Sequence[Conversation],
-        teacher: list[int],
-        student: list[int],
-        common: int,
+        prefixes: Prefixes,
+        position: int,
     ) -> None:
+        """`position` is the slot's in the student's prefix."""
+        teacher, student, common = prefixes.teacher, prefixes.student, prefixes.common
         self._base = base
         self._streams = Streams(base, Pack(conversations[:_CONVERSATIONS], teacher))
-        self._common = common
-        self._front = 0
-        while self._front < len(student) and teacher[self._front] == student[self._front]:
-            self._front += 1
-        self._shift = torch.tensor([len(student) - len(teacher)])
+        self._moved = len(teacher) - len(student)
+        self._positions = torch.arange(len(student)) + self._moved
+        front = 0
+        while front < len(student) and teacher[front] == student[front]:
+            front += 1
+        fronts = [i for i in range(front) if i != position]
+        ends = range(len(teacher) - common, len(teacher))
+        self._shared = [*fronts, *ends]  # of the teacher's prefix: there in both
+        self._gone = sorted(set(range(len(teacher))) - set(self._shared))  # the manifesto
+        # of the student's: the template's own text, which is there in the manifesto's place
+        self._instead = [i for i in range(front, len(student) - common) if i != position]
         self.generator = torch.Generator(device="cpu").manual_seed(0)
 
-    def cell(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def cell(self, index: int, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer `index`'s key, rotated as the student's positions have it, and value.
 
-        Each is (n_head_kv, head_dim), in half layout.
+        Each is (n_head_kv, head_dim), in half layout. `prefix` (p, d_model) is the stream of the
+        student's.
         """
         base, streams = self._base, self._streams
-        layer = base.layer(index)
-        hidden = rms_norm(streams.prefix, layer.attn_norm, base.shape.rms_eps, base.dtype)
-        _, key, value = project_qkv(base, layer, hidden, streams.prefix_rotations[index])
-        keys, values = key.float().transpose(0, 1), value.float().transpose(0, 1)
-        query, outside = queries(
-            base, streams, index, keys, self._front, self._common, self.generator
-        )
-        body = slice(self._front, keys.shape[1] - self._common)
-        found = [
-            match(query[h], outside[h], keys[h, body], values[h, body], 1)
-            for h in range(base.shape.n_head_kv)
-        ]
-        fitted = torch.cat([c.key for c in found])  # (n_head_kv, head_dim)
-        shift = base.rotation(self._shift, index, turn=True)
-        turned = rotate(fitted[None], *shift, base.shape)[0]
-        return turned, torch.cat([c.value for c in found])
+        # the student's cells at the distances that the teacher's have from the conversation
+        turn = base.rotation(self._positions, index)
+        own_keys, own_values = self._cells(index, prefix, turn)
+        keys, values = self._cells(index, streams.prefix, streams.prefix_rotations[index])
+        query, own = queries(base, streams, index, self.generator)
+        fitted = []
+        for h in range(base.shape.n_head_kv):
+            ends = Attended.of(query[h], keys[h, self._shared], values[h, self._shared])
+            total = torch.logaddexp(ends.mass, own.mass[h])
+            shares = ends.share(total) + Attended(own.mass[h], own.output[h]).share(total)
+            instead = Attended.of(
+                query[h], own_keys[h, self._instead], own_values[h, self._instead]
+            )
+            key, value = keys[h, self._gone], values[h, self._gone]
+            fitted.append(stand_in(query[h], Attended(total, shares), key, value, instead))
+        key, value = (torch.stack(each) for each in zip(*fitted, strict=True))
+        back = base.rotation(torch.tensor([-self._moved]), index, turn=True)
+        return rotate(key[None], *back, base.shape)[0], value
+
+    def _cells(
+        self, index: int, stream: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prefix's keys and values, each (n_head_kv, p, head_dim)."""
+        base, layer = self._base, self._base.layer(index)
+        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
+        _, key, value = project_qkv(base, layer, hidden, rotation)
+        return key.float().transpose(0, 1), value.float().transpose(0, 1)
 
     def advance(self, index: int) -> None:
         """Walk through layer `index`."""

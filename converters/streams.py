@@ -80,6 +80,23 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
 
 
 @dataclass(frozen=True)
+class Prefixes:
+    """The teacher's and student's shared tokens; the last `common` of both are the same."""
+
+    teacher: list[int]
+    student: list[int]
+
+    @property
+    def common(self) -> int:
+        """Trailing tokens that are the same in both and so have twins to be matched with."""
+        n = 0
+        shortest = min(len(self.teacher), len(self.student))
+        while n < shortest and self.teacher[-1 - n] == self.student[-1 - n]:
+            n += 1
+        return n
+
+
+@dataclass(frozen=True)
 class Conversation:
     """One exchange as tokens: what follows the prefix up to the reply, and the reply."""
 
@@ -166,16 +183,18 @@ class Streams:
             products[i] = products[i] + added
             stream += write.finish(products[i]) - before
 
-    def weigh(self, rows: torch.Tensor) -> torch.Tensor:
-        """Inputs (n + p, in) of the matrix last added as a fit in the stream should see them.
+    def weigh(self, rows: torch.Tensor, prefix: torch.Tensor) -> list[torch.Tensor]:
+        """Inputs (n, in) and (p, in) of the matrix last added as a fit in the stream sees them.
 
         Behind a norm a change of the product y reaches the stream divided by y's length.
         """
         if self._last is None:
-            return rows
-        products = torch.cat(self._last.products).float()
+            return [rows, prefix]
         eps = self._last.write.eps
-        return (rows.float() * torch.rsqrt(products.square().mean(1, True) + eps)).to(rows.dtype)
+        return [
+            (each.float() * torch.rsqrt(y.float().square().mean(1, True) + eps)).to(each.dtype)
+            for each, y in zip((rows, prefix), self._last.products, strict=True)
+        ]
 
     def reachable(
         self, rows: torch.Tensor, prefix: torch.Tensor

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from superego.atomic import replacing
-from superego.converters.closed_form import Prefixes
 from superego.converters.gradients import Divergence
-from superego.converters.streams import Changes, Conversation, Pack, mean_kl, predictions
+from superego.converters.streams import Changes, Conversation, Pack, Prefixes, mean_kl, predictions
 from superego.converters.student import Pair, Student
 from superego.converters.transformer import Base, Rows
 from superego.errors import SuperegoError

@@ -29,7 +29,7 @@ _MATRICES = (
     "ffn_down",
 )
 WHOLE_TABLE, TABLE_PART = 1 << 27, 1 << 26  # weights of an output matrix multiplied at once
-GATED = 1 << 27  # products of gate and up that lie in memory at once
+GATED = 1 << 25  # products of gate and up that lie in memory at once
 _NORMED = 1 << 20  # values normed at once, in a cache
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)

@@ -16,7 +16,6 @@ import torch
 from superego.atomic import check_writable
 from superego.base import BaseModel
 from superego.control_vector import write_vector
-from superego.converters.closed_form import Prefixes
 from superego.converters.compile import Settings, open_for_compile
 from superego.converters.metadata import Metadata, described
 from superego.converters.references import prepare, seeds, write_replies
@@ -25,6 +24,7 @@ from superego.converters.streams import (
     WRITES,
     Conversation,
     Pack,
+    Prefixes,
     Streams,
     mean_kl,
     predictions,

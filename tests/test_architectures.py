@@ -27,7 +27,7 @@ from superego.adapter import read_adapter, write_adapter
 from superego.architectures import ARCHITECTURES
 from superego.base import BaseModel, open_base
 from superego.chat import Chat
-from superego.converters.closed_form import Prefixes, solve
+from superego.converters.closed_form import solve
 from superego.converters.compact import compact_session
 from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.decode import greedy, prefill
@@ -38,6 +38,7 @@ from superego.converters.streams import (
     Change,
     Conversation,
     Pack,
+    Prefixes,
     Streams,
     changed_layer,
     mean_kl,

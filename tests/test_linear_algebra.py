@@ -37,7 +37,7 @@ def test_a_large_fit_explains_as_much_as_the_exact_one() -> None:
     for large in (1, 10_000):
         closed_form.LARGE, before = large, closed_form.LARGE
         try:
-            change = fit(inputs, wanted, 32, 0.3)
+            change = fit([inputs], [wanted], 32, 0.3)
         finally:
             closed_form.LARGE = before
         left.append(float((wanted - inputs @ change.a.T @ change.b.T).norm()))
@@ -50,10 +50,20 @@ def test_a_fit_bears_inputs_that_have_nearly_everything_in_common() -> None:
     common = 5 * torch.randn(600, generator=generator)
     inputs = (common + 0.05 * torch.randn(1500, 600, generator=generator)).bfloat16()
     wanted = torch.randn(1500, 40, generator=generator).bfloat16()
-    change = fit(inputs, wanted, 40, 0.02)
-    exact = fit(inputs.float(), wanted.float(), 40, 0.02)
+    change = fit([inputs], [wanted], 40, 0.02)
+    exact = fit([inputs.float()], [wanted.float()], 40, 0.02)
     left, least = (
         float((wanted.float() - inputs.float() @ each.a.T @ each.b.T).norm())
         for each in (change, exact)
     )
     assert left < 1.01 * least
+
+
+def test_rows_that_come_in_parts_are_fitted_as_one() -> None:
+    generator = torch.Generator().manual_seed(5)
+    inputs, wanted = (torch.randn(300, n, generator=generator) for n in (50, 40))
+    whole = fit([inputs], [wanted], 40, 0.3)
+    parts = fit(inputs.split([270, 30]), wanted.split([270, 30]), 40, 0.3)
+    assert torch.allclose(whole.b @ whole.a, parts.b @ parts.a, atol=1e-4)
+    alone = fit([inputs[:270]], [wanted[:270]], 40, 0.3)
+    assert not torch.allclose(whole.b @ whole.a, alone.b @ alone.a, atol=1e-3)

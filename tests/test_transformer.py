@@ -17,10 +17,10 @@ from conftest import tiny_model
 
 from superego.adapter import read_adapter
 from superego.base import open_base
-from superego.converters.closed_form import Prefixes, solve
+from superego.converters.closed_form import solve
 from superego.converters.compile import pairs
 from superego.converters.decode import greedy, prefill
-from superego.converters.streams import Conversation, Pack, mean_kl, predictions
+from superego.converters.streams import Conversation, Pack, Prefixes, mean_kl, predictions
 from superego.converters.transformer import Base
 from superego.errors import SuperegoError
 from superego.gguf_file import read_header
