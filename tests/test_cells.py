@@ -44,4 +44,4 @@ def test_what_cannot_be_removed_is_counted() -> None:
         left.append(float((answer(queries, front, cell, instead) - wanted).square().mean()))
     without = float((answer(queries, front, instead) - wanted).square().mean())
     assert left[0] < 0.9 * left[1]
-    assert left[0] < 0.5 * without
+    assert left[0] < 0.8 * without
