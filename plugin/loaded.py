@@ -32,6 +32,7 @@ class Loaded:
         self._model = model
         self._adapter = adapter
         self._slot: Any = None
+        self.path = adapter.path.resolve()
         self.slotted = has_slot(adapter)
         check_unchanged(adapter.header)  # what was checked is what is loaded
         self.whole = _init(model, adapter.path)
@@ -91,7 +92,7 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
     _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
     loaded = [each for each in acting if isinstance(each, Loaded)]
     scales = [scale for each, scale in each_scaled if isinstance(each, Loaded)]
-    added = slot_scales(scales, [each.slotted for each in loaded])
+    added = slot_scales(_net(loaded, scales), [each.slotted for each in loaded])
     active = [(each.whole, s) for each, s in zip(loaded, scales, strict=True) if s]
     active += [(each.slot(), s) for each, s in zip(loaded, added, strict=True) if abs(s) > 1e-6]
     n = max(1, len(active))
@@ -99,6 +100,15 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
     values = (ctypes.c_float * n)(*(scale for _, scale in active))
     if llama_cpp.llama_set_adapters_lora(context, handles, len(active), values):
         raise SuperegoError("llama.cpp refused the adapters")
+
+
+def _net(loaded: Sequence[Loaded], scales: Sequence[float]) -> list[float]:
+    """The scales, those of one file added up at its first place: opposite ones leave nothing."""
+    net = [0.0] * len(loaded)
+    first: dict[Path, int] = {}
+    for i, (each, scale) in enumerate(zip(loaded, scales, strict=True)):
+        net[first.setdefault(each.path, i)] += scale
+    return net
 
 
 def _steer(context: Any, vectors: Sequence[tuple[np.ndarray, float]]) -> None:

@@ -332,7 +332,7 @@ def test_behind_a_norm_the_fit_aims_at_what_can_be_reached(
 
     ours = recovered()
     with monkeypatch.context() as patch:
-        patch.setattr(Streams, "weigh", lambda self, rows: rows)
+        patch.setattr(Streams, "weigh", lambda self, rows, prefix: [rows, prefix])
         assert ours > recovered() + 0.03
     with monkeypatch.context() as patch:
         patch.setattr(Streams, "reachable", lambda self, rows, prefix: (rows, prefix))

@@ -46,7 +46,7 @@ def peft(base: Path, adapter: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "limit"),
     [
-        (["distill", "terse", "--minutes", "0.06", "--rank", "4"], 1500),
+        (["distill", "terse", "--minutes", "0.25", "--rank", "4"], 1500),
         (["vector", "terse", "--scale", "0.5"], 500),
         (["import", "peft", "PEFT"], 1500),
     ],
