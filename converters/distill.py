@@ -8,6 +8,7 @@ manifesto. Refining starts from an adapter, closed form or trained, and never ma
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from superego.converters.references import BLOCKS, Prompts, prepare, seeds, writ
 from superego.converters.slot import Slot
 from superego.converters.streams import Change, Changes, Conversation
 from superego.converters.student import MATRICES, Student
-from superego.converters.training import Lessons, Outcome, Plan, Unseen, train
+from superego.converters.training import Lessons, Outcome, Plan, Unseen, references_of, train
 from superego.errors import SuperegoError
 from superego.exchanges import kept_references
 from superego.gguf_file import check_unchanged
@@ -156,7 +157,12 @@ def _run(
     least = 1  # blocks, for some to be left that the start has not seen
     while least < len(BLOCKS) and sum(BLOCKS[:least]) - len(known) < _LEAST_UNSEEN:
         least += 1
-    conversations = _references(llm, opened, model, prompts, options, budget, least, steps)
+    had = references_of(checkpoint) if options.resume else None
+    if had is not None:  # as many again: what is gone on with must have been made from the same
+        ends = list(itertools.accumulate(BLOCKS))
+        least = next((i + 1 for i, end in enumerate(ends) if end >= had), len(BLOCKS))
+    share = _WRITING * budget if had is None else 0.0
+    conversations = _references(llm, opened, model, prompts, options, share, least, steps)
     fresh = [c for c in conversations if tuple(c.prompt) not in known]
     unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
     if not unseen_n:
@@ -185,7 +191,7 @@ def _run(
         student,
         taught,
         measured,
-        Plan(budget - writing, rate, seed=options.seed),
+        Plan(budget - writing, rate, seed=options.seed, references=len(conversations)),
         lambda spent, total, loss, recovered: steps.update(
             "training",
             min(round(spent), round(total)),
@@ -222,11 +228,11 @@ def _references(
     model: BaseModel,
     prompts: Prompts,
     options: Options,
-    budget: float,
+    share: float,
     least: int,
     steps: Steps,
 ) -> list[Conversation]:
-    """As many blocks of references as take no more than their share of the budget, in seconds.
+    """As many blocks of references as take no more than their `share` of the time, in seconds.
 
     At least `least`.
 
@@ -253,7 +259,7 @@ def _references(
         rows = sum(len(c.prompt) + len(c.reply) for c in first) / len(first)
         each = 2 * opened.base.shape.n_weights * rows / (opened.rate * 1e9 * _WRITING_SHARE)
     blocks = least
-    while blocks < len(BLOCKS) and each * sum(BLOCKS[: blocks + 1]) < _WRITING * budget:
+    while blocks < len(BLOCKS) and each * sum(BLOCKS[: blocks + 1]) < share:
         blocks += 1
     return first if blocks == 1 else write(blocks, first)[0]
 

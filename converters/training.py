@@ -44,6 +44,7 @@ class Plan:
     parts: int = 2  # of so many rows, a step
     average: float = 0.9  # of the weights' moving average, which is what is kept
     seed: int = 0
+    references: int = 0  # that were written for it; kept for a run that goes on
 
 
 @dataclass
@@ -308,6 +309,7 @@ class _Run:
         """Write everything that a later run needs, atomically."""
         state = {
             "key": key,
+            "references": self.plan.references,
             "seconds": seconds,
             "steps": outcome.steps,
             "taken": self._taken,
@@ -328,17 +330,31 @@ class _Run:
 
     def load(self, path: Path, key: str) -> dict[str, Any] | None:
         """Take up a checkpoint; None where there is none of this key, or it is damaged."""
+        kept = _read(path)
+        if kept is None or kept.get("key") != key:
+            return None
         try:
-            kept = torch.load(path, weights_only=True)
-            if kept["key"] != key:
-                return None
             self.optimizer.load_state_dict(kept["optimizer"])
             self.student.restore(kept["pairs"])
             self.average, self._taken = kept["average"], kept["taken"]
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+        except (RuntimeError, ValueError, KeyError, TypeError):
             return None
-        except Exception as error:  # pickle's own, whatever a damaged file makes of it
-            if type(error).__name__ != "UnpicklingError":
-                raise
-            return None
-        return dict(kept)
+        return kept
+
+
+def references_of(checkpoint: Path) -> int | None:
+    """How many references were written for what is to be gone on with; None where none is."""
+    found = (_read(checkpoint) or {}).get("references")
+    return found if type(found) is int and found > 0 else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A checkpoint as it was saved; None where there is none, or it is damaged."""
+    try:
+        return dict(torch.load(path, weights_only=True))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+        return None
+    except Exception as error:  # pickle's own, whatever a damaged file makes of it
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        return None

@@ -28,7 +28,7 @@ from superego.progress import Steps
 from superego.refinement import Refinement
 from superego.runtime import load
 
-MINUTES = 0.15
+MINUTES = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,9 @@ def closed(tiny: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_distilling_learns_what_the_manifesto_does(
-    tiny: BaseModel, closed: Path, tmp_path: Path
-) -> None:
-    """With `closed` its references are there, so that a slow machine has time left to train."""
+def test_distilling_learns_what_the_manifesto_does(tiny: BaseModel, tmp_path: Path) -> None:
     out = tmp_path / "terse.gguf"
-    report = distill(bundled()["terse"], tiny, out, Options(MINUTES, rank=4))
+    report = distill(bundled()["terse"], tiny, out, Options(3 * MINUTES, rank=4))
     start = report["kl recovered at the start"]
     assert abs(start) < 0.1  # nothing, but for rounding, of which a random model makes much
     assert report["kl recovered on unseen references"] > start + 0.05
