@@ -62,7 +62,7 @@ def settings_of(adapter: Adapter, effort: str | None = None) -> Settings:
         rank = None if effort not in (None, own) else found.get("rank")
         if not 0 <= seed < 1 << 31 or not (rank is None or 1 <= rank <= 512):
             raise ValueError
-        return Settings.for_effort(effort or own, rank=rank, seed=seed)
+        return Settings.for_effort(effort or own, rank, seed, found.get("slow") is True)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise SuperegoError(f"{adapter.path}: superego.settings is damaged") from None
 

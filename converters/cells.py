@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from superego.converters.streams import Streams
-from superego.converters.transformer import Base, project_qkv, rms_norm
+from superego.converters.transformer import Base, Rotation, Rows, project_qkv, rms_norm
 
 _QUERIES = 600  # rows of them, a layer
 _ROUNDS = 3  # of clustering
@@ -49,21 +48,27 @@ class Attended:
 
 
 def queries(
-    base: Base, streams: Streams, index: int, generator: torch.Generator
+    base: Base,
+    stream: torch.Tensor,
+    rows: Rows,
+    rotation: Rotation,
+    index: int,
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, Attended]:
-    """Sampled queries of a layer and what they get from their own conversation.
+    """Sampled queries of layer `index` and what they get from their own conversation.
 
-    Returns (n_head_kv, n, head_dim), scaled and rotated, and the same in front of what they get.
+    `stream` (n, d_model) and `rotation` are of the packed `rows`. Returns
+    (n_head_kv, n, head_dim), scaled and rotated, and the same in front of what they get.
     """
-    shape, pack, layer = base.shape, streams.pack, base.layer(index)
-    hidden = rms_norm(streams.rows, layer.attn_norm, shape.rms_eps, base.dtype)
-    query, own_key, own_value = project_qkv(base, layer, hidden, streams.rotations[index])
+    shape, layer = base.shape, base.layer(index)
+    hidden = rms_norm(stream, layer.attn_norm, shape.rms_eps, base.dtype)
+    query, own_key, own_value = project_qkv(base, layer, hidden, rotation)
     query = query.float() * shape.attention_scale
     own_key, own_value = own_key.float(), own_value.float()
     group = shape.n_head // shape.n_head_kv
     mass = torch.empty(len(query), shape.n_head)
     output = torch.empty(len(query), shape.n_head, shape.head_dim)
-    for start, stop, gather, scatter in pack.rows.chunks:
+    for start, stop, gather, scatter in rows.chunks:
         q = query[start:stop][gather].transpose(1, 2)  # (batch, n_head, width, head_dim)
         k, v = (
             each[start:stop][gather].transpose(1, 2).repeat_interleave(group, 1)
@@ -76,10 +81,10 @@ def queries(
         mass[start:stop] = scores.logsumexp(-1).transpose(1, 2).flatten(0, 1)[scatter]
         output[start:stop] = (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1)[scatter]
     n = min(_QUERIES, len(query))
-    rows = torch.randperm(len(query), generator=generator, device="cpu")[:n]
+    drawn = torch.randperm(len(query), generator=generator, device="cpu")[:n]
 
     def by_head(each: torch.Tensor) -> torch.Tensor:  # -> (n_head_kv, n · group, ...)
-        return each[rows].unflatten(1, (shape.n_head_kv, group)).transpose(0, 1).flatten(1, 2)
+        return each[drawn].unflatten(1, (shape.n_head_kv, group)).transpose(0, 1).flatten(1, 2)
 
     return by_head(query), Attended(by_head(mass), by_head(output))
 

@@ -74,7 +74,7 @@ def solve(
     slot = slots[key]
     changes: Changes = dict(slot.changes) if slot else {}
     if slot:
-        probe = Probe(base, conversations, prefixes, slot.position)
+        probe = Probe(teacher, prefixes, slot.position)
     done = unfinished.layers if unfinished else 0
     kept = (
         {key: Change(*(m.to(base.device) for m in pair)) for key, pair in unfinished.found.items()}
@@ -93,7 +93,6 @@ def solve(
                 written = {}
             solved.update({(index, matrix): found for matrix, found in written.items()})
             changes.update(solved)
-            probe.advance(index)
             if unfinished and index + 1 == done:
                 probe.generator.set_state(unfinished.aside["generator"])
         changed = changed_layer(base, index, changes)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 _CONVERSATIONS = 48  # whose queries are matched
+_BLOCKS = 2  # of references, which have as many and more
 
 
 def compact_session(
@@ -69,7 +70,7 @@ def compact_session(
             f"{model.path}: sessions of architecture '{base.shape.architecture}' cannot be "
             "compacted; save a whole one, without --compact"
         )
-    prompts = prepare(llm, model, manifesto, seeds(0)[: BLOCKS[0]])
+    prompts = prepare(llm, model, manifesto, seeds(0)[: sum(BLOCKS[:_BLOCKS])])
     prefix = prefix_of(llm, ChatTemplate(model.header), manifesto.body)
     if prefix != prompts.prefixes.teacher:
         raise SuperegoError("this chat template has no fixed text in front of a message")
@@ -89,7 +90,7 @@ def compact_session(
         base,
         model.fingerprint,
         prompts,
-        1,
+        _BLOCKS,
         use_cache,
         lambda done, total: steps.update("writing references", done, total),
     )
@@ -107,7 +108,9 @@ def compact_session(
         layer = base.layer(index)
         key, value = (_rows(base, rows[index], shape.kv_type) for rows in (full.keys, full.values))
         key = _halves(base, key)  # (n_head_kv, tokens, head_dim)
-        query, own = queries(base, streams, index, generator)
+        query, own = queries(
+            base, streams.rows, pack.rows, streams.rotations[index], index, generator
+        )
         kept = torch.cat([key[:, :front], key[:, body.stop :]], 1)
         outside = torch.logaddexp((query @ kept.transpose(1, 2)).logsumexp(-1), own.mass)
         found = [

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 METHOD = "closed-form"
+# GFLOP/s of matrix products from which on a machine has all of an effort's references
+_FAST = {"quick": 1000.0, "standard": 250.0, "thorough": 350.0}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Settings:
     ridge: float  # of attn_output
     ridge_ffn: float  # of ffn_down, whose inputs predict less and have more columns
     seed: int
+    slow: bool = False  # has the references of a slow machine
     most: int | None = None  # references; None: all of the blocks
 
     @property
@@ -71,18 +74,28 @@ class Settings:
         return sum(BLOCKS[: self.blocks]) if self.most is None else self.most
 
     @classmethod
-    def for_effort(cls, effort: str, rank: int | None = None, seed: int = 0) -> Settings:
-        """The settings of `quick`, `standard` or `thorough`, with a rank of one's own."""
+    def for_effort(
+        cls, effort: str, rank: int | None = None, seed: int = 0, slow: bool = False
+    ) -> Settings:
+        """The settings of `quick`, `standard` or `thorough`, with a rank of one's own.
+
+        An effort is a time: on a machine that is `slow` for it (see `is_slow`) it has fewer
+        references.
+        """
         known = {
-            "quick": cls("quick", 1, unseen=12, rank=96, ridge=0.4, ridge_ffn=1.5, seed=seed),
-            "standard": cls("standard", 2, unseen=20, rank=160, ridge=0.2, ridge_ffn=1, seed=seed),
-            "thorough": cls(
-                "thorough", 4, unseen=48, rank=256, ridge=0.1, ridge_ffn=0.5, seed=seed
-            ),
+            ("quick", False): cls("quick", 2, 12, 96, 0.3, 1.2, seed),
+            ("quick", True): cls("quick", 1, 8, 96, 0.6, 2.5, seed, True),
+            ("standard", False): cls("standard", 3, 20, 160, 0.2, 1, seed),
+            ("standard", True): cls("standard", 2, 12, 160, 0.3, 1.2, seed, True),
+            ("thorough", False): cls("thorough", 9, 48, 256, 0.1, 0.5, seed),
+            ("thorough", True): cls("thorough", 5, 48, 256, 0.1, 0.5, seed, True),
         }
-        if effort not in known:
-            raise SuperegoError(f"effort '{effort}': expected one of {', '.join(known)}")
-        return known[effort] if rank is None else replace(known[effort], rank=rank)
+        if (effort, slow) not in known:
+            raise SuperegoError(
+                f"effort '{effort}': expected one of {', '.join(e for e, s in known if s)}"
+            )
+        found = known[effort, slow]
+        return found if rank is None else replace(found, rank=rank)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ def open_for_compile(
     does not fit. Without prompts room is left for those of `standard`.
     """
     dtype, rate = probe_dtype()
-    rest = prompts.rest if prompts else [[0] * 40] * sum(BLOCKS[:2])
+    rest = prompts.rest if prompts else [[0] * 40] * Settings.for_effort("standard").messages
     prefix = len(prompts.prefixes.teacher) if prompts else 400
     free = free_memory(torch.get_default_device())
     sizes = plan_memory(model, dtype, rest, prefix, rank, memory, free)
@@ -124,6 +137,15 @@ def open_for_compile(
         base.layer(index)
         steps.update("reading the base", index + 1, sizes.layers)
     return Opened(llm, base, rate, sizes)
+
+
+def is_slow(effort: str, threads: int | None = None) -> bool:
+    """Whether this machine is too slow for all of an effort's references in its time.
+
+    That is 25 s, 90 s and ten minutes for the 135M model.
+    """
+    torch.set_num_threads(threads or default_threads())
+    return probe_dtype()[1] < _FAST[effort]
 
 
 def compile_manifesto(

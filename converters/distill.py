@@ -45,6 +45,7 @@ from superego.runtime import default_threads, load, peak_memory
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
+_BLOCKS = 5  # of references at most, where the start has no more
 UNSEEN = 48  # conversations that are measured on, at most; neither start nor training fits them
 _LEAST_UNSEEN = 12
 _NEUTRAL = 120  # plain texts that are to stay as they are
@@ -138,7 +139,13 @@ def _run(
     torch.set_num_threads(options.threads or default_threads())
     torch.set_grad_enabled(False)
     llm = opened.llm if opened else load(model, threads=options.threads, vocab_only=True)
-    prompts = prepare(llm, model, manifesto, seeds(options.seed)[: sum(BLOCKS)])
+    known = _fitted(start, model)
+    ends = list(itertools.accumulate(BLOCKS))
+    # some must be left that the start has not seen
+    enough = (i + 1 for i, end in enumerate(ends) if end - len(known) >= _LEAST_UNSEEN)
+    least = next(enough, len(BLOCKS))
+    most = max(_BLOCKS, least)
+    prompts = prepare(llm, model, manifesto, seeds(options.seed)[: ends[most - 1]])
     own = []
     if examples is not None:
         own = as_conversations(llm, model, *examples, prompts.prefixes.student)
@@ -153,16 +160,14 @@ def _run(
     if start is None:
         student.add(options.rank, options.targets, options.seed)
     student.keep_slot()
-    known = _fitted(start, model)
-    least = 1  # blocks, for some to be left that the start has not seen
-    while least < len(BLOCKS) and sum(BLOCKS[:least]) - len(known) < _LEAST_UNSEEN:
-        least += 1
     had = references_of(checkpoint) if options.resume else None
     if had is not None:  # as many again: what is gone on with must have been made from the same
-        ends = list(itertools.accumulate(BLOCKS))
-        least = next((i + 1 for i, end in enumerate(ends) if end >= had), len(BLOCKS))
+        least = next((i + 1 for i, end in enumerate(ends) if end >= had), most)
     share = _WRITING * budget if had is None else 0.0
-    conversations = _references(llm, opened, model, prompts, options, share, least, steps)
+    before = _leading(start, model, prompts)
+    conversations = _references(
+        llm, opened, model, prompts, options, share, (least, most), before, steps
+    )
     fresh = [c for c in conversations if tuple(c.prompt) not in known]
     unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
     if not unseen_n:
@@ -222,6 +227,15 @@ def _fitted(start: Adapter | None, model: BaseModel) -> set[tuple[int, ...]]:
     return {tuple(p) for p, _ in kept[: len(kept) - int(start.number("references.unseen", 0))]}
 
 
+def _leading(start: Adapter | None, model: BaseModel, prompts: Prompts) -> list[Conversation]:
+    """What the start keeps of the first of these prompts: it need not be written again."""
+    kept = kept_references(start, model.header) if start is not None else []
+    same = itertools.takewhile(
+        lambda pair: pair[0][0] == pair[1], zip(kept, prompts.rest, strict=False)
+    )
+    return [Conversation(*exchange) for exchange, _ in same]
+
+
 def _references(
     llm: Llama,
     opened: Opened,
@@ -229,17 +243,17 @@ def _references(
     prompts: Prompts,
     options: Options,
     share: float,
-    least: int,
+    between: tuple[int, int],
+    before: Sequence[Conversation],
     steps: Steps,
 ) -> list[Conversation]:
     """As many blocks of references as take no more than their `share` of the time, in seconds.
 
-    At least `least`.
-
-    The first block's time tells what the others will take; an estimate where it was cached.
+    Their number is `between` two; those of `before` are there. The first block's time tells what
+    the others will take; an estimate where it was not written now.
     """
 
-    def write(blocks: int, before: Sequence[Conversation] = ()) -> tuple[list[Conversation], int]:
+    def write(blocks: int, before: Sequence[Conversation]) -> tuple[list[Conversation], int]:
         return write_replies(
             llm,
             opened.base,
@@ -253,15 +267,17 @@ def _references(
         )
 
     mark = time.perf_counter()
-    first, cached = write(1)
+    first, cached = write(1, before)
     each = (time.perf_counter() - mark) / BLOCKS[0]
-    if cached:
+    if cached or len(before) >= BLOCKS[0]:
         rows = sum(len(c.prompt) + len(c.reply) for c in first) / len(first)
         each = 2 * opened.base.shape.n_weights * rows / (opened.rate * 1e9 * _WRITING_SHARE)
-    blocks = least
-    while blocks < len(BLOCKS) and each * sum(BLOCKS[: blocks + 1]) < share:
+    blocks, most = between
+    ends = itertools.accumulate(BLOCKS)
+    there = max((end for end in ends if end <= len(before)), default=0)
+    while blocks < most and each * (sum(BLOCKS[: blocks + 1]) - there) < share:
         blocks += 1
-    return first if blocks == 1 else write(blocks, first)[0]
+    return first if blocks == 1 else write(blocks, before if there else first)[0]
 
 
 def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:

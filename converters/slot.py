@@ -29,6 +29,7 @@ from superego.converters.transformer import (
     Base,
     Layer,
     Rotation,
+    Rows,
     halves_to_pairs,
     project_qkv,
     rms_norm,
@@ -59,19 +60,21 @@ class Slot:
 
 
 class Probe:
-    """The teacher, walked beside the fit: what one cell in the manifesto's place would be."""
+    """A look at the teacher's streams: what one cell in the manifesto's place would be."""
 
-    def __init__(
-        self,
-        base: Base,
-        conversations: Sequence[Conversation],
-        prefixes: Prefixes,
-        position: int,
-    ) -> None:
-        """`position` is the slot's in the student's prefix."""
+    def __init__(self, streams: Streams, prefixes: Prefixes, position: int) -> None:
+        """`streams` are the teacher's, which the fit walks; `position` the slot's in the prefix
+        of the student."""
         teacher, student, common = prefixes.teacher, prefixes.student, prefixes.common
-        self._base = base
-        self._streams = Streams(base, Pack(conversations[:_CONVERSATIONS], teacher))
+        self._base, self._streams = streams.base, streams
+        # a pack is sorted by length: conversations of all lengths are looked at
+        lengths = streams.pack.rows.lengths
+        n = min(_CONVERSATIONS, len(lengths))
+        chosen = {len(lengths) * i // n for i in range(n)}
+        self._rows = Rows([lengths[i] for i in sorted(chosen)], len(teacher))
+        self._places = torch.tensor([i in chosen for i in range(len(lengths))]).repeat_interleave(
+            torch.tensor(lengths)
+        )
         self._moved = len(teacher) - len(student)
         self._positions = torch.arange(len(student)) + self._moved
         front = 0
@@ -88,6 +91,8 @@ class Probe:
     def cell(self, index: int, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer `index`'s key, rotated as the student's positions have it, and value.
 
+        The streams must be in front of that layer.
+
         Each is (n_head_kv, head_dim), in half layout. `prefix` (p, d_model) is the stream of the
         student's.
         """
@@ -96,7 +101,10 @@ class Probe:
         turn = base.rotation(self._positions, index)
         own_keys, own_values = self._cells(index, prefix, turn)
         keys, values = self._cells(index, streams.prefix, streams.prefix_rotations[index])
-        query, own = queries(base, streams, index, self.generator)
+        cos, sin = streams.rotations[index]
+        turned = cos[self._places], sin[self._places]
+        stream = streams.rows[self._places]
+        query, own = queries(base, stream, self._rows, turned, index, self.generator)
         fitted = []
         for h in range(base.shape.n_head_kv):
             ends = Attended.of(query[h], keys[h, self._shared], values[h, self._shared])
@@ -119,12 +127,6 @@ class Probe:
         hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
         _, key, value = project_qkv(base, layer, hidden, rotation)
         return key.float().transpose(0, 1), value.float().transpose(0, 1)
-
-    def advance(self, index: int) -> None:
-        """Walk through layer `index`."""
-        layer = self._base.layer(index)
-        for write in WRITES:
-            self._streams.add(self._streams.inputs(layer, write), getattr(layer, write))
 
 
 def find_slot(
@@ -162,7 +164,7 @@ def find_slot(
                     # an attention sink is made by neurons that open at one token alone
                     used = rows.square().mean(0) + prefix.square().amax(0)
             streams.add(streams.inputs(layer, write), getattr(layer, write))
-            if index < _LAYERS:
+            if index < _LAYERS and (index, write) != (_LAYERS - 1, WRITES[-1]):  # the last look
                 text.add(text.inputs(layer, write), getattr(layer, write))
         unit = streams.rows * torch.rsqrt(streams.rows.square().mean(-1, keepdim=True))
         inverse += torch.linalg.inv(_covariance(unit))

@@ -188,15 +188,17 @@ def compile(
     text = find_manifesto(manifesto)
     model = open_base(base)
     compiler = converter("compile")
-    settings = compiler.Settings.for_effort(effort, rank=rank, seed=seed)
+    devices = converter("device")
+    place = devices.pick_device(device)
+    slow = place.type == "cpu" and compiler.is_slow(effort, threads)
+    settings = compiler.Settings.for_effort(effort, rank, seed, slow)
     if dry_run:
         plan = compiler.plan(text, model, settings, threads, memory)
         click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
     check_writable(output, Path(manifesto))
-    devices = converter("device")
     with Steps() as steps:
-        with devices.on(devices.pick_device(device)):
+        with devices.on(place):
             result = compiler.compile_manifesto(
                 text,
                 model,

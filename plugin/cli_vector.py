@@ -60,7 +60,9 @@ def vector(
     if scale is not None and not 0 < abs(scale) <= 100:
         raise SuperegoError(f"--scale {scale:g}: expected a number from -100 to 100 that is not 0")
     check_writable(output, Path(manifesto))
-    settings = converter("compile").Settings.for_effort(effort, seed=seed)
+    compiler = converter("compile")
+    slow = compiler.is_slow(effort, threads)
+    settings = compiler.Settings.for_effort(effort, None, seed, slow)
     with Steps() as steps:
         result = converter("vector").make_vector(
             text, model, output, settings, scale, threads, not no_cache, steps

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import refused, run, tiny_model
 
 import superego
@@ -74,7 +76,24 @@ def test_a_change_of_rank_or_effort_reuses_the_references(tmp_path: Path) -> Non
     third = compile_manifesto(manifesto, model, tmp_path / "c.gguf", more)
     none = compile_manifesto(manifesto, model, tmp_path / "d.gguf", QUICK, use_cache=False)
     counts = [r["references from cache"] for r in (first, second, third, none)]
-    assert counts == [0, references.BLOCKS[0], references.BLOCKS[0], 0]
+    assert counts == [0, QUICK.messages, QUICK.messages, 0]
+
+
+@pytest.mark.parametrize("effort", ["quick", "standard", "thorough"])
+def test_an_effort_is_a_time_and_has_fewer_references_on_a_slow_machine(
+    effort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for rate in (100.0, 5000.0):
+        monkeypatch.setattr(
+            "superego.converters.compile.probe_dtype", lambda r=rate: (torch.float32, r)
+        )
+        asked = ("compile", "pirate", "--base", "smollm2", "-o", "a.gguf", "--effort", effort)
+        found.append(json.loads(run(*asked, "--dry-run", "--json").stdout)["references"])
+    fewer, all_of_them = (Settings.for_effort(effort, slow=slow) for slow in (True, False))
+    assert found == [fewer.messages, all_of_them.messages]
+    assert found[0] < found[1]
+    assert fewer.messages in itertools.accumulate(references.BLOCKS)  # whole blocks: cached ones
 
 
 def test_a_manifesto_longer_than_the_context_is_refused_with_both_lengths(

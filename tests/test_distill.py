@@ -19,6 +19,7 @@ from superego.base import BaseModel, open_base
 from superego.bundled import bundled
 from superego.converters import training
 from superego.converters.compile import Settings, compile_manifesto, open_for_compile
+from superego.converters.decode import greedy
 from superego.converters.distill import Options, changes_of, distill, refine
 from superego.converters.streams import Conversation, Pack, predictions
 from superego.converters.student import Student
@@ -41,7 +42,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 def closed(tiny: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compiled adapter on the tiny model."""
     out = tmp_path_factory.mktemp("closed") / "terse.gguf"
-    compile_manifesto(bundled()["terse"], tiny, out, Settings.for_effort("quick", rank=4))
+    compile_manifesto(
+        bundled()["terse"], tiny, out, Settings.for_effort("quick", rank=4, slow=True)
+    )
     return out
 
 
@@ -65,7 +68,7 @@ def test_a_trained_adapter_is_what_llama_cpp_applies(
     from superego.evaluate import evaluate
 
     out = tmp_path / "refined.gguf"
-    report = refine(read_adapter(pirate), smollm2, out, Options(0.7))
+    report = refine(read_adapter(pirate), smollm2, out, Options(1.0))
     assert report["kl recovered on unseen references"] >= report["kl recovered at the start"]
     prompts = ["What is a good breakfast?", "How do I fix a bicycle tyre?", "Tell me about rain."]
     before, after = evaluate(
@@ -278,3 +281,22 @@ def test_what_the_start_was_fitted_on_is_not_measured_on(
     refine(adapter, tiny, tmp_path / "refined.gguf", Options(0.2))
     assert measured
     assert not fitted & set(measured)
+
+
+def test_what_the_start_keeps_is_not_written_again(
+    tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tmp_path / "start.gguf"
+    quick = Settings.for_effort("quick", rank=4, slow=True)
+    compile_manifesto(bundled()["terse"], tiny, start, quick, use_cache=False)
+    kept = [prompt for prompt, _ in kept_references(read_adapter(start), tiny.header)]
+    written: list[list[int]] = []
+
+    def noted(base: Any, prompts: list[list[int]], *rest: Any) -> list[list[int]]:
+        written.extend(prompts)
+        return greedy(base, prompts, *rest)
+
+    monkeypatch.setattr("superego.converters.references.greedy", noted)
+    refine(read_adapter(start), tiny, tmp_path / "r.gguf", Options(0.2, use_cache=False))
+    assert written  # some that the start was not fitted on
+    assert not [prompt for prompt in written if prompt in kept]
