@@ -234,7 +234,7 @@ def test_a_chat_refines_in_the_background_and_swaps(
     persona.write_bytes(closed.read_bytes())
     llm = load(tiny, n_ctx=256)
     with superego.attach(llm, persona, 0.5):
-        running = Refinement(persona, tiny.path, MINUTES)
+        running = Refinement(persona, tiny.path, 3 * MINUTES)
         try:
             news = None
             for _ in range(600):
