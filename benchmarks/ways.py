@@ -2,8 +2,8 @@
 
 For each persona: bare base, system message, session, control vector, closed form at three
 efforts, distillation at the wall time of each and at ten minutes, and closed form + refine. Every
-adapter is made by the real command. Writes results.json after each measurement and goes on from
-it; prints a Markdown table and draws two plots (PNG and SVG).
+adapter is made by the real command. Writes ways.json after each measurement and goes on from it,
+so that it can be run in parts; prints two Markdown tables and draws two plots (PNG and SVG).
 """
 
 from __future__ import annotations
@@ -219,6 +219,29 @@ def table(results: Results) -> str:
     return head + rows + ("\nNot made:\n" + "".join(failed) if failed else "")
 
 
+def by_persona(results: Results) -> str:
+    """KL recovered and build seconds, a row each persona."""
+    names = [n for n, p in results["personas"].items() if p.get("reports")]
+    found = [
+        w for w in results["ways"] if any(w in results["personas"][n]["reports"] for n in names)
+    ]
+    rows = ""
+    for name in names:
+        persona = results["personas"][name]
+        rows += f"| {name} |"
+        for way in found:
+            report = persona["reports"].get(way)
+            if report is None:
+                rows += " |"
+                continue
+            k, drift = report["kl_recovered"], report["drift_adapter"]
+            rows += f" {k['value']:.3f} ({k['low']:.3f}–{k['high']:.3f}), {drift:.3f}, "
+            rows += f"{persona['made'][way]['seconds']:.0f} s |"
+        rows += "\n"
+    head = "| KL recovered (95 %), drift, build | " + " | ".join(found) + " |\n"
+    return head + "|---" * (len(found) + 1) + "|\n" + rows
+
+
 def _mean(personas: list[dict[str, Any]], keys: Sequence[str]) -> float | None:
     """The mean of what lies under these keys, where it is there."""
     found = []
@@ -294,7 +317,9 @@ def main() -> None:
     results: Results = json.loads(path.read_text()) if path.exists() else {"personas": {}}
     chosen = [w for w in ways(options.refine, options.long) if w not in options.skip]
     results.update(date=date.today().isoformat(), machine=platform.platform())
-    results["ways"] = list(dict.fromkeys([*results.get("ways", []), *chosen]))
+    known = {*results.get("ways", []), *chosen}
+    order = ways(options.refine, options.long)
+    results["ways"] = [w for w in order if w in known] + sorted(known - set(order))
     prompts = lines("heldout")[: options.prompts]
     model = open_base(options.base)
 
@@ -309,6 +334,7 @@ def main() -> None:
         made = persona["made"]
         for way in chosen:
             if way not in made or not (out / made[way].get("file", "?")).exists():
+                persona.get("reports", {}).pop(way, None)
                 made[way] = build(way, name, out, made, options.base)
                 print(name, way, made[way].get("seconds"), made[way].get("failed", ""), flush=True)
                 kept()
@@ -317,13 +343,16 @@ def main() -> None:
         if not other.exists():
             other_made = results["personas"].setdefault(before[name], {"made": {}})["made"]
             other_made["quick"] = build("quick", before[name], out, other_made, options.base)
-        if set(persona.get("reports", {})) != set(files):
-            persona["reports"] = measure(model, name, files, other, prompts)
+        reports = persona.setdefault("reports", {})
+        lacking = {way: file for way, file in files.items() if way not in reports}
+        if lacking:
+            reports.update(measure(model, name, lacking, other, prompts))
             persona["costs"] = costs(model, name, files, prompts[:8], out)
             kept()
         for way in files:
             print(name, way, persona["reports"][way]["kl_recovered"], flush=True)
     print(table(results))
+    print(by_persona(results))
     plots(results, out)
 
 

@@ -35,7 +35,7 @@ from superego.converters.references import (
     seeds,
     write_replies,
 )
-from superego.converters.shape import read_shape
+from superego.converters.shape import Shape, read_shape
 from superego.converters.slot import Slot
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 METHOD = "closed-form"
+_REACHED = 0.65  # of that rate, by the products of a compile
+_WRITING_REST, _FIT_REST = 400.0, 550.0  # GFLOP/s that all else alone would allow
 # GFLOP/s of matrix products from which on a machine has all of an effort's references
 _FAST = {"quick": 1000.0, "standard": 250.0, "thorough": 350.0}
 
@@ -74,6 +76,14 @@ class Settings:
         return sum(BLOCKS[: self.blocks]) if self.most is None else self.most
 
     @classmethod
+    def for_references(cls, n: int) -> Settings:
+        """The known settings that have most references, but no more than n (or the fewest)."""
+        efforts = [cls.for_effort(e, slow=s) for e in _FAST for s in (True, False)]
+        fitting = [each for each in efforts if each.messages <= n]
+        by_size = sorted(fitting or efforts, key=lambda each: (each.messages, each.rank))
+        return by_size[-1 if fitting else 0]
+
+    @classmethod
     def for_effort(
         cls, effort: str, rank: int | None = None, seed: int = 0, slow: bool = False
     ) -> Settings:
@@ -86,7 +96,7 @@ class Settings:
             ("quick", False): cls("quick", 2, 12, 96, 0.3, 1.2, seed),
             ("quick", True): cls("quick", 1, 8, 96, 0.6, 2.5, seed, True),
             ("standard", False): cls("standard", 3, 20, 160, 0.2, 1, seed),
-            ("standard", True): cls("standard", 2, 12, 160, 0.3, 1.2, seed, True),
+            ("standard", True): cls("standard", 2, 8, 160, 0.3, 1.2, seed, True),
             ("thorough", False): cls("thorough", 9, 48, 256, 0.1, 0.5, seed),
             ("thorough", True): cls("thorough", 5, 48, 256, 0.1, 0.5, seed, True),
         }
@@ -275,7 +285,7 @@ def compile_manifesto(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "compute type": str(base.dtype).removeprefix("torch."),
         "matmul peak GFLOP/s": round(rate),
-        "fit GFLOP/s": round(fit_operations(base, rows) / seconds["fit"] / 1e9),
+        "fit GFLOP/s": round(fit_operations(base.shape, rows) / seconds["fit"] / 1e9),
         "layers kept in memory": f"{opened.sizes.layers} of {base.shape.n_layer}",
         "estimated memory MB": round(opened.sizes.peak / 2**20),
         "peak memory MB": peak_memory() // 2**20,
@@ -290,9 +300,22 @@ def pairs(changes: Changes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def fit_operations(base: Base, rows: int) -> float:
+def writing_seconds(shape: Shape, rows: int, rate: float) -> float:
+    """About how long references of so many tokens take to write, at `rate` GFLOP/s of products.
+
+    What is not products takes as long on every machine: measured with the 135M model at 106,
+    430 and 2,800 GFLOP/s.
+    """
+    return 2e-9 * shape.n_weights * rows * (1 / (_REACHED * rate) + 1 / _WRITING_REST)
+
+
+def fit_seconds(shape: Shape, rows: int, rate: float) -> float:
+    """About how long a fit of so many rows takes, as `writing_seconds`."""
+    return 1e-9 * fit_operations(shape, rows) * (1 / (_REACHED * rate) + 1 / _FIT_REST)
+
+
+def fit_operations(shape: Shape, rows: int) -> float:
     """Multiply-adds of a fit, times two: both forward walks and the Gram matrices."""
-    shape = base.shape
     heads = shape.n_head * shape.head_dim
     layer = shape.d_model * shape.head_dim * 2 * (shape.n_head + shape.n_head_kv)
     layer += 3 * shape.d_model * shape.d_ff * max(1, shape.n_expert_used)
@@ -317,9 +340,7 @@ def plan(
     rest = prompts.rest
     rows = sum(len(r) for r in rest) + sum(reply_limits(len(rest)))
     rank = min(settings.rank, shape.d_model)
-    # Shares of the peak that the steps reached on 2 cores with the 135M model.
-    write = 2.0 * shape.n_weights * rows / (rate * 1e9 * 0.25)
-    fit = 6.0 * shape.n_weights * rows / (rate * 1e9 * 0.4)
+    write, fit = writing_seconds(shape, rows, rate), fit_seconds(shape, rows, rate)
     sizes = plan_memory(model, dtype, rest, len(prompts.prefixes.teacher), rank, memory)
     per_pair = shape.n_head * shape.head_dim + shape.d_model
     per_pair += 0 if shape.n_expert else shape.d_ff + shape.d_model

@@ -24,15 +24,34 @@ import superego
 from superego.adapter import Adapter, check_fit, write_adapter
 from superego.atomic import check_writable, replacing
 from superego.base import BaseModel
-from superego.converters.compile import Opened, open_for_compile, pairs
+from superego.converters.closed_form import solve
+from superego.converters.compile import (
+    METHOD,
+    Opened,
+    Settings,
+    fit_seconds,
+    open_for_compile,
+    pairs,
+    writing_seconds,
+)
 from superego.converters.examples import Example, as_conversations
 from superego.converters.kept import stored
 from superego.converters.metadata import Metadata, described
 from superego.converters.references import BLOCKS, Prompts, prepare, seeds, write_replies
+from superego.converters.shape import read_shape
 from superego.converters.slot import Slot
 from superego.converters.streams import Change, Changes, Conversation
 from superego.converters.student import MATRICES, Student
-from superego.converters.training import Lessons, Outcome, Plan, Unseen, references_of, train
+from superego.converters.training import (
+    Lessons,
+    Outcome,
+    Plan,
+    Unseen,
+    origin_of,
+    references_of,
+    train,
+)
+from superego.converters.transformer import Base, probe_dtype
 from superego.errors import SuperegoError
 from superego.exchanges import kept_references
 from superego.gguf_file import check_unchanged
@@ -48,9 +67,13 @@ if TYPE_CHECKING:
 _BLOCKS = 5  # of references at most, where the start has no more
 UNSEEN = 48  # conversations that are measured on, at most; neither start nor training fits them
 _LEAST_UNSEEN = 12
+_MORE = 1.25  # times the references that the start was fitted on; fewer are not fitted again
 _NEUTRAL = 120  # plain texts that are to stay as they are
-_WRITING_SHARE = 0.08  # of the matmul peak that writing reaches
 _WRITING = 0.4  # of the budget, at most, for the references
+_AGAIN = 0.8  # of the budget, at most, for the references and a fit to all of them
+_ROWS = 48  # tokens of a reference, about
+_EACH = 0.01  # seconds that one takes beside all products, at least
+_LEAST_TRAINING = 0.25  # of the budget, behind a fit; less is not worth what it takes to prepare
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
 
 
@@ -144,7 +167,10 @@ def _run(
     # some must be left that the start has not seen
     enough = (i + 1 for i, end in enumerate(ends) if end - len(known) >= _LEAST_UNSEEN)
     least = next(enough, len(BLOCKS))
-    most = max(_BLOCKS, least)
+    # a closed form goes on with more references, fitted anew, where that leaves time
+    again = start is not None and method == "refine" and start.own.get("method") == METHOD
+    again = again and examples is None
+    most = max(_fitting(model, budget) if again else _BLOCKS, least)
     prompts = prepare(llm, model, manifesto, seeds(options.seed)[: ends[most - 1]])
     own = []
     if examples is not None:
@@ -155,18 +181,13 @@ def _run(
             f"{model.path}: training keeps all weights in memory, and they do not fit what is "
             "free; compile needs less"
         )
-    changes, slot = changes_of(start) if start is not None else ({}, None)
-    student = Student(opened.base, changes, slot)
-    if start is None:
-        student.add(options.rank, options.targets, options.seed)
-    student.keep_slot()
     had = references_of(checkpoint) if options.resume else None
     if had is not None:  # as many again: what is gone on with must have been made from the same
         least = next((i + 1 for i, end in enumerate(ends) if end >= had), most)
-    share = _WRITING * budget if had is None else 0.0
+    share = (_AGAIN if again else _WRITING) * budget if had is None else 0.0
     before = _leading(start, model, prompts)
     conversations = _references(
-        llm, opened, model, prompts, options, share, (least, most), before, steps
+        llm, opened, model, prompts, options, share, (least, most), before, again, steps
     )
     fresh = [c for c in conversations if tuple(c.prompt) not in known]
     unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
@@ -180,33 +201,67 @@ def _run(
     seen = [c for c in conversations if id(c) not in measured_on]
     lessons = fresh if len(fresh) >= len(seen) // 4 else seen
     conversations = [*seen, *unseen]
-    texts, front = neutral(llm)
-    taught = Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed)
     measured = Unseen(opened.base, unseen, prompts.prefixes)
-    writing = time.perf_counter() - started
-    if writing >= budget:
-        raise SuperegoError(
-            f"--minutes {options.minutes:g}: reading the base and writing the references took "
-            f"{writing:.0f} s of the {budget:.0f} s; they are kept, so the next run has more, or "
-            "give more minutes"
-        )
-    rate = _DISTILL_RATE if start is None else _REFINE_RATE
     key = _key(method, model, manifesto, options, start, [*lessons, *own])
-    outcome = train(
-        student,
-        taught,
-        measured,
-        Plan(budget - writing, rate, seed=options.seed, references=len(conversations)),
-        lambda spent, total, loss, recovered: steps.update(
-            "training",
-            min(round(spent), round(total)),
-            round(total),
-            f"KL recovered {recovered:.3f}",
-        ),
-        checkpoint,
-        key,
-        options.resume,
-    )
+    origin = origin_of(checkpoint, key) if options.resume else None
+    begun = changes_of(start) if start is not None else (dict[tuple[int, str], Change](), None)
+    student = Student(opened.base, *(origin or begun))
+    if start is None:
+        student.add(options.rank, options.targets, options.seed)
+    student.keep_slot()
+    kl_start = None  # of the file, where the training starts from another fit
+    anew = _anew(settings, len(seen), opened.base)
+    outcome = None
+    if origin:
+        kl_start = measured.of(Student(opened.base, *begun))
+    elif again and len(seen) >= _MORE * len(known):
+        kl_start = measured.of(student)
+        try:
+            found = _fit_again(opened, prompts, seen, anew, steps)
+        except KeyboardInterrupt:
+            outcome = Outcome({}, measured.kl_base, kl_start, kl_start, 0, 0.0, interrupted=True)
+        else:
+            fitted = Student(opened.base, *found)
+            if measured.of(fitted) < kl_start:
+                origin, student = found, fitted
+    settings = {**settings, **anew} if origin else settings
+    spent = time.perf_counter() - started
+    fitted_now = kl_start is not None and had is None
+    if outcome is None and fitted_now and budget - spent < _LEAST_TRAINING * budget:
+        outcome = _untrained(student, measured, spent)
+    if outcome is None:
+        texts, front = neutral(llm)
+        taught = Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed)
+        spent = time.perf_counter() - started
+        if spent >= budget and kl_start is None:
+            raise SuperegoError(
+                f"--minutes {options.minutes:g}: reading the base and writing the references took "
+                f"{spent:.0f} s of the {budget:.0f} s; they are kept, so the next run has more, or "
+                "give more minutes"
+            )
+        outcome = train(
+            student,
+            taught,
+            measured,
+            Plan(
+                max(budget - spent, 1.0),
+                _DISTILL_RATE if start is None else _REFINE_RATE,
+                seed=options.seed,
+                references=len(conversations),
+                origin=origin,
+            ),
+            lambda spent, total, loss, recovered: steps.update(
+                "training",
+                min(round(spent), round(total)),
+                round(total),
+                f"KL recovered {recovered:.3f}",
+            ),
+            checkpoint,
+            key,
+            options.resume,
+        )
+    if kl_start is not None:
+        outcome.kl_start = kl_start
     check_unchanged(model.header, *([start.header] if start is not None else []))
     if start is not None and not outcome.gained:
         copied = start.path.read_bytes()
@@ -216,7 +271,7 @@ def _run(
         _write(method, output, manifesto, model, settings, start, outcome, conversations, unseen_n)
     if not outcome.interrupted:
         checkpoint.unlink(missing_ok=True)
-    return _report(method, output, options, start, outcome, lessons, own, writing, checkpoint)
+    return _report(method, output, options, start, outcome, lessons, own, spent, checkpoint)
 
 
 def _fitted(start: Adapter | None, model: BaseModel) -> set[tuple[int, ...]]:
@@ -245,16 +300,23 @@ def _references(
     share: float,
     between: tuple[int, int],
     before: Sequence[Conversation],
+    fitted: bool,
     steps: Steps,
 ) -> list[Conversation]:
     """As many blocks of references as take no more than their `share` of the time, in seconds.
 
-    Their number is `between` two; those of `before` are there. The first block's time tells what
-    the others will take; an estimate where it was not written now.
+    With a fit to all of them, where they are to be `fitted`. Their number is `between` two; those
+    of `before` are there. What a block took tells what the next one will; an estimate where none
+    was written yet.
     """
-
-    def write(blocks: int, before: Sequence[Conversation]) -> tuple[list[Conversation], int]:
-        return write_replies(
+    shape, rate = opened.base.shape, opened.rate
+    started = time.perf_counter()
+    blocks, most = between
+    found: Sequence[Conversation] = before
+    each: float | None = None  # seconds
+    while True:
+        mark, there = time.perf_counter(), len(found)
+        found, cached = write_replies(
             llm,
             opened.base,
             model.fingerprint,
@@ -263,21 +325,64 @@ def _references(
             options.use_cache,
             lambda done, total: steps.update("writing references", done, total),
             opened.sizes.room,
-            before,
+            found,
         )
-
-    mark = time.perf_counter()
-    first, cached = write(1, before)
-    each = (time.perf_counter() - mark) / BLOCKS[0]
-    if cached or len(before) >= BLOCKS[0]:
-        rows = sum(len(c.prompt) + len(c.reply) for c in first) / len(first)
-        each = 2 * opened.base.shape.n_weights * rows / (opened.rate * 1e9 * _WRITING_SHARE)
-    blocks, most = between
-    ends = itertools.accumulate(BLOCKS)
-    there = max((end for end in ends if end <= len(before)), default=0)
-    while blocks < most and each * (sum(BLOCKS[: blocks + 1]) - there) < share:
+        if len(found) - cached > there:
+            each = (time.perf_counter() - mark) / (len(found) - cached - there)
+        rows = sum(len(c.prompt) + len(c.reply) for c in found) / len(found)
+        if blocks >= most:
+            return found
+        size = BLOCKS[blocks]
+        expected = writing_seconds(shape, round(rows * size), rate) if each is None else each * size
+        if fitted:
+            expected += fit_seconds(shape, round(rows * (len(found) + size)), rate)
+        if time.perf_counter() - started + expected > share:
+            return found
         blocks += 1
-    return first if blocks == 1 else write(blocks, before if there else first)[0]
+
+
+def _fitting(model: BaseModel, budget: float) -> int:
+    """How many blocks of references may be fitted in their share of the time."""
+    shape, rate = read_shape(model.header), probe_dtype()[1]
+    ends = itertools.accumulate(BLOCKS)
+    seconds = (fit_seconds(shape, _ROWS * end, rate) + _EACH * end for end in ends)
+    return sum(each < _AGAIN * budget for each in seconds)
+
+
+def _anew(settings: dict[str, Any], n: int, base: Base) -> dict[str, Any]:
+    """The settings of a fit to n references, of a rank no less than there was."""
+    known = Settings.for_references(n)
+    before = settings.get("rank", 0)
+    rank = min(max(known.rank, before if type(before) is int else 0), base.shape.d_model)
+    return {"rank": rank, "ridge": known.ridge, "ridge_ffn": known.ridge_ffn, "most": n}
+
+
+def _fit_again(
+    opened: Opened,
+    prompts: Prompts,
+    seen: Sequence[Conversation],
+    settings: dict[str, Any],
+    steps: Steps,
+) -> tuple[Changes, Slot | None]:
+    """The closed form of all references that are there now."""
+    changes = solve(
+        opened.base,
+        seen,
+        prompts.prefixes,
+        settings["rank"],
+        {"attn_output": settings["ridge"], "ffn_down": settings["ridge_ffn"]},
+        lambda done, total: steps.update("solving layers", done, total),
+        opened.slots,
+    )
+    return changes, opened.slots[tuple(prompts.prefixes.student)]
+
+
+def _untrained(student: Student, measured: Unseen, seconds: float) -> Outcome:
+    """A fit as it is, where no time is left to train it."""
+    kl = measured.of(student)
+    found = Outcome(student.changes(), measured.kl_base, kl, kl, 0, 0.0)
+    found.curve.append((seconds, found.recovered))
+    return found
 
 
 def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:

@@ -18,7 +18,16 @@ import torch
 
 from superego.atomic import replacing
 from superego.converters.gradients import Divergence
-from superego.converters.streams import Changes, Conversation, Pack, Prefixes, mean_kl, predictions
+from superego.converters.slot import Slot
+from superego.converters.streams import (
+    Change,
+    Changes,
+    Conversation,
+    Pack,
+    Prefixes,
+    mean_kl,
+    predictions,
+)
 from superego.converters.student import Pair, Student
 from superego.converters.transformer import Base, Rows
 from superego.errors import SuperegoError
@@ -31,6 +40,7 @@ _OWN_WEIGHT = 0.5  # of the user's examples, at every step
 _CHECKS = 10  # on unseen conversations, a run
 _BETAS = (0.9, 0.99)  # of Adam
 
+Origin = tuple[Changes, Slot | None]
 Told = Callable[[float, float, float, float], None]  # seconds, budget, loss, KL recovered
 
 
@@ -45,6 +55,7 @@ class Plan:
     average: float = 0.9  # of the weights' moving average, which is what is kept
     seed: int = 0
     references: int = 0  # that were written for it; kept for a run that goes on
+    origin: Origin | None = None  # that the student was made from, where it is no file's
 
 
 @dataclass
@@ -310,6 +321,7 @@ class _Run:
         state = {
             "key": key,
             "references": self.plan.references,
+            "origin": _plain(self.plan.origin),
             "seconds": seconds,
             "steps": outcome.steps,
             "taken": self._taken,
@@ -340,6 +352,34 @@ class _Run:
         except (RuntimeError, ValueError, KeyError, TypeError):
             return None
         return kept
+
+
+def origin_of(checkpoint: Path, key: str) -> Origin | None:
+    """What the student of a checkpoint was made from, where it has this key and keeps it."""
+    kept = _read(checkpoint) or {}
+    if kept.get("key") != key or not isinstance(kept.get("origin"), tuple):
+        return None
+    changes, slot = kept["origin"]
+    if slot is None:
+        return _changes(changes), None
+    position, layer, neuron, direction, marks = slot
+    return _changes(changes), Slot(position, layer, neuron, direction, _changes(marks))
+
+
+def _plain(origin: Origin | None) -> Any:
+    """An origin as tuples and tensors, which are all that a checkpoint may hold."""
+    if origin is None:
+        return None
+    changes, slot = origin
+    of = {place: (change.a, change.b) for place, change in changes.items()}
+    if slot is None:
+        return of, None
+    marks = {place: (change.a, change.b) for place, change in slot.changes.items()}
+    return of, (slot.position, slot.layer, slot.neuron, slot.direction, marks)
+
+
+def _changes(kept: dict[tuple[int, str], Pair]) -> Changes:
+    return {place: Change(*pair) for place, pair in kept.items()}
 
 
 def references_of(checkpoint: Path) -> int | None:

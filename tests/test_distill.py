@@ -300,3 +300,66 @@ def test_what_the_start_keeps_is_not_written_again(
     refine(read_adapter(start), tiny, tmp_path / "r.gguf", Options(0.2, use_cache=False))
     assert written  # some that the start was not fitted on
     assert not [prompt for prompt in written if prompt in kept]
+
+
+@pytest.fixture
+def ever_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is measured is better than what was measured before."""
+    measured = itertools.count(1)
+    monkeypatch.setattr(training.Unseen, "of", lambda self, student: 1 / next(measured))
+    monkeypatch.setattr("superego.converters.distill._LEAST_TRAINING", 0.01)
+
+
+def test_refining_fits_anew_where_there_is_time_for_more_references(
+    tiny: BaseModel, closed: Path, tmp_path: Path, ever_better: None
+) -> None:
+    out = tmp_path / "r.gguf"
+    report = refine(read_adapter(closed), tiny, out, Options(0.4))
+    assert report["better than its start"]
+    before, after = (read_adapter(path) for path in (closed, out))
+    settings = json.loads(after.own["settings"])
+    assert settings["most"] > Settings.for_effort("quick", slow=True).messages
+    assert after.rank > before.rank  # more references bear more
+    assert settings["rank"] <= Settings.for_references(settings["most"]).rank
+    assert after.own["method"] == "closed-form+refine"
+    assert len(kept_references(after, tiny.header)) > settings["most"]  # and the unseen ones
+
+
+def test_what_was_fitted_anew_is_gone_on_with(
+    tiny: BaseModel,
+    closed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ever_better: None,
+) -> None:
+    out, step = tmp_path / "r.gguf", training._Run.step
+    taken = itertools.count(1)
+
+    def interrupted(self: Any, *arguments: Any) -> float:
+        if next(taken) == 4:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(training._Run, "step", interrupted)
+    monkeypatch.setattr("superego.converters.distill._AGAIN", 0.0)  # no block more than needed
+    first = refine(read_adapter(closed), tiny, out, Options(1.0))
+    assert first["interrupted"]
+    assert first["steps"] == 3
+    rank = read_adapter(out).rank
+    monkeypatch.setattr("superego.converters.distill.solve", None)  # is not called again
+    again = refine(read_adapter(closed), tiny, out, Options(0.5, resume=True))
+    assert again["steps"] > 3
+    assert read_adapter(out).rank == rank > read_adapter(closed).rank
+
+
+def test_ctrl_c_in_the_fit_leaves_the_start(
+    tiny: BaseModel, closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("superego.converters.distill.solve", interrupted)
+    out = tmp_path / "r.gguf"
+    report = refine(read_adapter(closed), tiny, out, Options(0.4))
+    assert report["interrupted"]
+    assert out.read_bytes() == closed.read_bytes()
