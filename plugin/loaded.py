@@ -32,7 +32,7 @@ class Loaded:
         self._model = model
         self._adapter = adapter
         self._slot: Any = None
-        self.path = adapter.path.resolve()
+        self.file = adapter.path.resolve(), adapter.header.modified
         self.slotted = has_slot(adapter)
         check_unchanged(adapter.header)  # what was checked is what is loaded
         self.whole = _init(model, adapter.path)
@@ -92,8 +92,9 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
     _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
     loaded = [each for each in acting if isinstance(each, Loaded)]
     scales = [scale for each, scale in each_scaled if isinstance(each, Loaded)]
-    added = slot_scales(_net(loaded, scales), [each.slotted for each in loaded])
-    active = [(each.whole, s) for each, s in zip(loaded, scales, strict=True) if s]
+    scales = _net(loaded, scales)
+    added = slot_scales(scales, [each.slotted for each in loaded])
+    active = [(each.whole, s) for each, s in zip(loaded, scales, strict=True) if abs(s) > 1e-6]
     active += [(each.slot(), s) for each, s in zip(loaded, added, strict=True) if abs(s) > 1e-6]
     n = max(1, len(active))
     handles = (llama_cpp.llama_adapter_lora_p_ctypes * n)(*(handle for handle, _ in active))
@@ -105,9 +106,10 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
 def _net(loaded: Sequence[Loaded], scales: Sequence[float]) -> list[float]:
     """The scales, those of one file added up at its first place: opposite ones leave nothing."""
     net = [0.0] * len(loaded)
-    first: dict[Path, int] = {}
+    first: dict[tuple[Path, int], int] = {}
     for i, (each, scale) in enumerate(zip(loaded, scales, strict=True)):
-        net[first.setdefault(each.path, i)] += scale
+        if scale:  # one without a scale takes no part, and may be freed
+            net[first.setdefault(each.file, i)] += scale
     return net
 
 
