@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 METHOD = "closed-form"
-_REACHED = 0.65  # of that rate, by the products of a compile
+_REACHED = 0.65  # of the probe's rate, by the products of a compile
 _WRITING_REST, _FIT_REST = 400.0, 550.0  # GFLOP/s that all else alone would allow
 # GFLOP/s of matrix products from which on a machine has all of an effort's references
 _FAST = {"quick": 1000.0, "standard": 250.0, "thorough": 350.0}

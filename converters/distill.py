@@ -212,23 +212,26 @@ def _run(
     kl_start = None  # of the file, where the training starts from another fit
     anew = _anew(settings, len(seen), opened.base)
     outcome = None
+    kl_now = 0.0  # of the student, where it was fitted in this run
     if origin:
         kl_start = measured.of(Student(opened.base, *begun))
     elif again and len(seen) >= _MORE * len(known):
-        kl_start = measured.of(student)
+        kl_start = kl_now = measured.of(student)
         try:
             found = _fit_again(opened, prompts, seen, anew, steps)
         except KeyboardInterrupt:
             outcome = Outcome({}, measured.kl_base, kl_start, kl_start, 0, 0.0, interrupted=True)
         else:
             fitted = Student(opened.base, *found)
-            if measured.of(fitted) < kl_start:
-                origin, student = found, fitted
+            kl = measured.of(fitted)
+            if kl < kl_start:
+                origin, student, kl_now = found, fitted, kl
     settings = {**settings, **anew} if origin else settings
     spent = time.perf_counter() - started
     fitted_now = kl_start is not None and had is None
     if outcome is None and fitted_now and budget - spent < _LEAST_TRAINING * budget:
-        outcome = _untrained(student, measured, spent)
+        outcome = Outcome(student.changes(), measured.kl_base, kl_now, kl_now, 0, 0.0)
+        outcome.curve.append((spent, outcome.recovered))
     if outcome is None:
         texts, front = neutral(llm)
         taught = Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed)
@@ -375,14 +378,6 @@ def _fit_again(
         opened.slots,
     )
     return changes, opened.slots[tuple(prompts.prefixes.student)]
-
-
-def _untrained(student: Student, measured: Unseen, seconds: float) -> Outcome:
-    """A fit as it is, where no time is left to train it."""
-    kl = measured.of(student)
-    found = Outcome(student.changes(), measured.kl_base, kl, kl, 0, 0.0)
-    found.curve.append((seconds, found.recovered))
-    return found
 
 
 def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:
