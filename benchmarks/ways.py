@@ -3,7 +3,8 @@
 For each persona: bare base, system message, session, control vector, closed form at three
 efforts, distillation at the wall time of each and at ten minutes, and closed form + refine. Every
 adapter is made by the real command. Writes ways.json after each measurement and goes on from it,
-so that it can be run in parts; prints two Markdown tables and draws two plots (PNG and SVG).
+so that it can be run in parts: what it holds a report of is not made again, be its file there or
+not. Prints two Markdown tables and draws two plots (PNG and SVG).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -32,6 +32,7 @@ from superego.bundled import bundled
 from superego.dialogue import encode
 from superego.evaluate import Trace, evaluate, run_cost
 from superego.evaluate import bundled as lines
+from superego.machine import cpu
 from superego.persona import read_persona
 from superego.runtime import load
 from superego.session import open_session, save_session
@@ -299,6 +300,15 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def machine() -> str:
+    """Processor, cores and the features that decide the speed, in words."""
+    found = cpu()
+    wide = [
+        f for f in ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON") if f in found["features"]
+    ]
+    return f"{found['name']}, {os.cpu_count()} cores, {', '.join(wide)}"
+
+
 def main() -> None:
     """Builds and measures; `--personas`, `--skip` and the minutes narrow it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -316,7 +326,8 @@ def main() -> None:
     path = out / "ways.json"
     results: Results = json.loads(path.read_text()) if path.exists() else {"personas": {}}
     chosen = [w for w in ways(options.refine, options.long) if w not in options.skip]
-    results.update(date=date.today().isoformat(), machine=platform.platform())
+    if not options.show:
+        results.update(date=date.today().isoformat(), machine=machine())
     known = {*results.get("ways", []), *chosen}
     order = ways(options.refine, options.long)
     results["ways"] = [w for w in order if w in known] + sorted(known - set(order))
@@ -332,25 +343,31 @@ def main() -> None:
     for name in [] if options.show else options.personas:
         persona = results["personas"].setdefault(name, {"made": {}})
         made = persona["made"]
-        for way in chosen:
-            if way not in made or not (out / made[way].get("file", "?")).exists():
-                persona.get("reports", {}).pop(way, None)
-                made[way] = build(way, name, out, made, options.base)
-                print(name, way, made[way].get("seconds"), made[way].get("failed", ""), flush=True)
-                kept()
-        files = {w: out / made[w]["file"] for w in chosen if "file" in made[w]}
-        other = out / f"{before[name]}-quick.gguf"
-        if not other.exists():
-            other_made = results["personas"].setdefault(before[name], {"made": {}})["made"]
-            other_made["quick"] = build("quick", before[name], out, other_made, options.base)
         reports = persona.setdefault("reports", {})
-        lacking = {way: file for way, file in files.items() if way not in reports}
-        if lacking:
-            reports.update(measure(model, name, lacking, other, prompts))
-            persona["costs"] = costs(model, name, files, prompts[:8], out)
+        for way in chosen:
+            if way in reports or (out / made.get(way, {}).get("file", "?")).exists():
+                continue
+            if "refine" in way and not (out / f"{name}-standard.gguf").exists():
+                build("standard", name, out, made, options.base)  # measured elsewhere
+            made[way] = build(way, name, out, made, options.base)
+            print(name, way, made[way].get("seconds"), made[way].get("failed", ""), flush=True)
             kept()
-        for way in files:
-            print(name, way, persona["reports"][way]["kl_recovered"], flush=True)
+        lacking = {
+            w: out / made[w]["file"] for w in chosen if w not in reports and "file" in made[w]
+        }
+        if lacking:
+            other = out / f"{before[name]}-quick.gguf"
+            if not other.exists():
+                other_made = results["personas"].setdefault(before[name], {"made": {}})["made"]
+                built = build("quick", before[name], out, other_made, options.base)
+                other_made.setdefault("quick", built)
+            reports.update(measure(model, name, lacking, other, prompts))
+            costed = costs(model, name, lacking, prompts[:8], out)
+            persona.setdefault("costs", {}).update(costed)
+            kept()
+        for way in lacking:
+            print(name, way, reports[way]["kl_recovered"], flush=True)
+    print(f"{results['date']}, {results['machine']}\n")
     print(table(results))
     print(by_persona(results))
     plots(results, out)

@@ -16,48 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 import superego
 from superego.adapter import Adapter, check_fit, write_adapter
 from superego.atomic import check_writable, replacing
 from superego.base import BaseModel
-from superego.converters.closed_form import solve
-from superego.converters.compile import (
-    METHOD,
-    Opened,
-    Settings,
-    fit_seconds,
-    open_for_compile,
-    pairs,
-    writing_seconds,
-)
+from superego.converters import refit
+from superego.converters.adapter_changes import changes_of
+from superego.converters.checkpoint import Checkpoint, Origin, read_checkpoint
+from superego.converters.compile import METHOD, Opened, open_for_compile, pairs
 from superego.converters.examples import Example, as_conversations
 from superego.converters.kept import stored
 from superego.converters.metadata import Metadata, described
-from superego.converters.references import BLOCKS, Prompts, prepare, seeds, write_replies
-from superego.converters.shape import read_shape
-from superego.converters.slot import Slot
-from superego.converters.streams import Change, Changes, Conversation
+from superego.converters.references import BLOCKS, Prompts, prepare, seeds
+from superego.converters.streams import Conversation
 from superego.converters.student import MATRICES, Student
-from superego.converters.training import (
-    Lessons,
-    Outcome,
-    Plan,
-    Unseen,
-    origin_of,
-    references_of,
-    train,
-)
-from superego.converters.transformer import Base, probe_dtype
+from superego.converters.training import Lessons, Outcome, Plan, Unseen, train
 from superego.errors import SuperegoError
 from superego.exchanges import kept_references
 from superego.gguf_file import check_unchanged
 from superego.history import manifesto_of, with_entry
 from superego.manifesto import Manifesto
-from superego.pairs import read_pairs, slot_ranks
 from superego.progress import Steps
 from superego.runtime import default_threads, load, peak_memory
 
@@ -67,12 +47,8 @@ if TYPE_CHECKING:
 _BLOCKS = 5  # of references at most, where the start has no more
 UNSEEN = 48  # conversations that are measured on, at most; neither start nor training fits them
 _LEAST_UNSEEN = 12
-_MORE = 1.25  # times the references that the start was fitted on; fewer are not fitted again
 _NEUTRAL = 120  # plain texts that are to stay as they are
 _WRITING = 0.4  # of the budget, at most, for the references
-_AGAIN = 0.8  # of the budget, at most, for the references and a fit to all of them
-_ROWS = 48  # tokens of a reference, about
-_EACH = 0.01  # seconds that one takes beside all products, at least
 _LEAST_TRAINING = 0.25  # of the budget, behind a fit; less is not worth what it takes to prepare
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
 
@@ -101,6 +77,63 @@ class Options:
             )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One training: what it is asked for, and where it goes."""
+
+    method: str
+    manifesto: Manifesto
+    model: BaseModel
+    output: Path
+    options: Options
+    start: Adapter | None
+    examples: tuple[Path, list[Example]] | None
+    steps: Steps
+
+    @property
+    def budget(self) -> float:
+        """Seconds, of the whole command."""
+        return self.options.minutes * 60
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output.with_name(self.output.name + ".training")
+
+    @property
+    def fits_again(self) -> bool:
+        """Whether the start is a closed form to refine: more references make it better."""
+        closed = self.start is not None and self.start.own.get("method") == METHOD
+        return closed and self.method == "refine" and self.examples is None
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What a training learns from and is measured on."""
+
+    opened: Opened
+    prompts: Prompts
+    seen: list[Conversation]  # all but the unseen ones
+    unseen: list[Conversation]
+    lessons: list[Conversation]  # of the seen ones, what is trained on
+    own: list[Conversation]  # the user's examples
+    fitted: int  # how many the start was made from
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        return [*self.seen, *self.unseen]
+
+
+@dataclass
+class _Beginning:
+    """What the training starts with."""
+
+    student: Student
+    kl: float  # of the student, where it was fitted in this run
+    origin: Origin | None = None  # that it was fitted to be, where it is not the file's
+    kl_file: float | None = None  # of the file, where another fit was tried or is gone on with
+    interrupted: bool = False
+
+
 def distill(
     manifesto: Manifesto,
     model: BaseModel,
@@ -118,7 +151,9 @@ def distill(
     """
     if start is not None:
         check_fit(start, model.header)
-    return _run("distill", manifesto, model, output, options, start, examples, steps, opened)
+    steps = steps or Steps(quiet=True)
+    job = _Job("distill", manifesto, model, output, options, start, examples, steps)
+    return _run(job, opened)
 
 
 def refine(
@@ -136,153 +171,151 @@ def refine(
     the report says so. Raises SuperegoError before any work.
     """
     check_fit(adapter, model.header)
-    manifesto = manifesto_of(adapter)
-    return _run("refine", manifesto, model, output, options, adapter, examples, steps, opened)
-
-
-def _run(
-    method: str,
-    manifesto: Manifesto,
-    model: BaseModel,
-    output: Path,
-    options: Options,
-    start: Adapter | None,
-    examples: tuple[Path, list[Example]] | None,
-    steps: Steps | None,
-    opened: Opened | None,
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    budget = options.minutes * 60
     steps = steps or Steps(quiet=True)
-    own_files = [examples[0]] if examples is not None else []
+    manifesto = manifesto_of(adapter)
+    job = _Job("refine", manifesto, model, output, options, adapter, examples, steps)
+    return _run(job, opened)
+
+
+def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    model, options, start, output = job.model, job.options, job.start, job.output
+    own_files = [job.examples[0]] if job.examples is not None else []
     check_writable(output, *model.files, *own_files)
-    checkpoint = output.with_name(output.name + ".training")
-    check_writable(checkpoint, *model.files, *own_files, *([start.path] if start else []))
+    check_writable(job.checkpoint, *model.files, *own_files, *([start.path] if start else []))
     settings = _settings(options, start)
     torch.set_num_threads(options.threads or default_threads())
     torch.set_grad_enabled(False)
+    saved = read_checkpoint(job.checkpoint) if options.resume else None
     llm = opened.llm if opened else load(model, threads=options.threads, vocab_only=True)
-    known = _fitted(start, model)
-    ends = list(itertools.accumulate(BLOCKS))
-    # some must be left that the start has not seen
-    enough = (i + 1 for i, end in enumerate(ends) if end - len(known) >= _LEAST_UNSEEN)
-    least = next(enough, len(BLOCKS))
-    # a closed form goes on with more references, fitted anew, where that leaves time
-    again = start is not None and method == "refine" and start.own.get("method") == METHOD
-    again = again and examples is None
-    most = max(_fitting(model, budget) if again else _BLOCKS, least)
-    prompts = prepare(llm, model, manifesto, seeds(options.seed)[: ends[most - 1]])
-    own = []
-    if examples is not None:
-        own = as_conversations(llm, model, *examples, prompts.prefixes.student)
-    opened = opened or open_for_compile(model, llm, steps, prompts)
-    if not opened.base.resident:
-        raise SuperegoError(
-            f"{model.path}: training keeps all weights in memory, and they do not fit what is "
-            "free; compile needs less"
-        )
-    had = references_of(checkpoint) if options.resume else None
-    if had is not None:  # as many again: what is gone on with must have been made from the same
-        least = next((i + 1 for i, end in enumerate(ends) if end >= had), most)
-    share = (_AGAIN if again else _WRITING) * budget if had is None else 0.0
-    before = _leading(start, model, prompts)
-    conversations = _references(
-        llm, opened, model, prompts, options, share, (least, most), before, again, steps
-    )
-    fresh = [c for c in conversations if tuple(c.prompt) not in known]
-    unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
-    if not unseen_n:
-        raise SuperegoError(
-            f"{output}: no conversation is left that the start was not fitted on; there would be "
-            "nothing to measure by"
-        )
-    unseen, fresh = fresh[-unseen_n:], fresh[:-unseen_n]
-    measured_on = {id(c) for c in unseen}
-    seen = [c for c in conversations if id(c) not in measured_on]
-    lessons = fresh if len(fresh) >= len(seen) // 4 else seen
-    conversations = [*seen, *unseen]
-    measured = Unseen(opened.base, unseen, prompts.prefixes)
-    key = _key(method, model, manifesto, options, start, [*lessons, *own])
-    origin = origin_of(checkpoint, key) if options.resume else None
-    begun = changes_of(start) if start is not None else (dict[tuple[int, str], Change](), None)
-    student = Student(opened.base, *(origin or begun))
-    if start is None:
-        student.add(options.rank, options.targets, options.seed)
-    student.keep_slot()
-    kl_start = None  # of the file, where the training starts from another fit
-    anew = _anew(settings, len(seen), opened.base)
-    outcome = None
-    kl_now = 0.0  # of the student, where it was fitted in this run
-    if origin:
-        kl_start = measured.of(Student(opened.base, *begun))
-    elif again and len(seen) >= _MORE * len(known):
-        kl_start = kl_now = measured.of(student)
-        try:
-            found = _fit_again(opened, prompts, seen, anew, steps)
-        except KeyboardInterrupt:
-            outcome = Outcome({}, measured.kl_base, kl_start, kl_start, 0, 0.0, interrupted=True)
-        else:
-            fitted = Student(opened.base, *found)
-            kl = measured.of(fitted)
-            if kl < kl_start:
-                origin, student, kl_now = found, fitted, kl
-    settings = {**settings, **anew} if origin else settings
+    material = _gather(job, llm, opened, saved)
+    base, prefixes = material.opened.base, material.prompts.prefixes
+    measured = Unseen(base, material.unseen, prefixes)
+    key = _key(job, [*material.lessons, *material.own])
+    anew = refit.settings_for(settings, len(material.seen), base)
+    begun = _begin(job, material, measured, anew, saved.origin(key) if saved else None)
+    settings = {**settings, **anew} if begun.origin else settings
     spent = time.perf_counter() - started
-    fitted_now = kl_start is not None and had is None
-    if outcome is None and fitted_now and budget - spent < _LEAST_TRAINING * budget:
-        outcome = Outcome(student.changes(), measured.kl_base, kl_now, kl_now, 0, 0.0)
-        outcome.curve.append((spent, outcome.recovered))
-    if outcome is None:
+    outcome = None
+    tried = begun.kl_file is not None and saved is None  # another fit, in this run
+    if begun.interrupted or (tried and job.budget - spent < _LEAST_TRAINING * job.budget):
+        outcome = Outcome({}, measured.kl_base, begun.kl, begun.kl, 0, 0.0)
+        outcome.interrupted = begun.interrupted
+        if not begun.interrupted:
+            outcome.changes = begun.student.changes()
+            outcome.curve.append((spent, outcome.recovered))
+    else:
         texts, front = neutral(llm)
-        taught = Lessons(opened.base, lessons, prompts.prefixes, texts, front, own, options.seed)
+        lessons = Lessons(
+            base, material.lessons, prefixes, texts, front, material.own, options.seed
+        )
         spent = time.perf_counter() - started
-        if spent >= budget and kl_start is None:
+        if spent >= job.budget and begun.kl_file is None:
             raise SuperegoError(
                 f"--minutes {options.minutes:g}: reading the base and writing the references took "
-                f"{spent:.0f} s of the {budget:.0f} s; they are kept, so the next run has more, or "
-                "give more minutes"
+                f"{spent:.0f} s of the {job.budget:.0f} s; they are kept, so the next run has "
+                "more, or give more minutes"
             )
-        outcome = train(
-            student,
-            taught,
-            measured,
-            Plan(
-                max(budget - spent, 1.0),
-                _DISTILL_RATE if start is None else _REFINE_RATE,
-                seed=options.seed,
-                references=len(conversations),
-                origin=origin,
-            ),
-            lambda spent, total, loss, recovered: steps.update(
-                "training",
-                min(round(spent), round(total)),
-                round(total),
-                f"KL recovered {recovered:.3f}",
-            ),
-            checkpoint,
-            key,
-            options.resume,
+        plan = Plan(
+            max(job.budget - spent, 1.0),
+            _DISTILL_RATE if start is None else _REFINE_RATE,
+            seed=options.seed,
+            references=len(material.conversations),
+            origin=begun.origin,
         )
-    if kl_start is not None:
-        outcome.kl_start = kl_start
+
+        def told(spent: float, total: float, loss: float, recovered: float) -> None:
+            now = f"KL recovered {recovered:.3f}"
+            job.steps.update("training", min(round(spent), round(total)), round(total), now)
+
+        outcome = train(begun.student, lessons, measured, plan, told, job.checkpoint, key, saved)
+    if begun.kl_file is not None:
+        outcome.kl_start = begun.kl_file
     check_unchanged(model.header, *([start.header] if start is not None else []))
     if start is not None and not outcome.gained:
         copied = start.path.read_bytes()
         with replacing(output) as temporary:
             temporary.write_bytes(copied)
     else:
-        _write(method, output, manifesto, model, settings, start, outcome, conversations, unseen_n)
+        _write(job, settings, outcome, material)
     if not outcome.interrupted:
-        checkpoint.unlink(missing_ok=True)
-    return _report(method, output, options, start, outcome, lessons, own, spent, checkpoint)
+        job.checkpoint.unlink(missing_ok=True)
+    return _report(job, outcome, material, spent)
 
 
-def _fitted(start: Adapter | None, model: BaseModel) -> set[tuple[int, ...]]:
-    """The prompts that the start was made from; those it only measured on stand last."""
+def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | None) -> _Material:
+    """Write the references, or read what is there, and part them; opens the base for it."""
+    model, options = job.model, job.options
+    fitted = _fitted(job.start, model)
+    ends = list(itertools.accumulate(BLOCKS))
+    # some must be left that the start has not seen
+    enough = (i + 1 for i, end in enumerate(ends) if end - len(fitted) >= _LEAST_UNSEEN)
+    least = next(enough, len(BLOCKS))
+    most = max(refit.blocks_within(model, job.budget) if job.fits_again else _BLOCKS, least)
+    prompts = prepare(llm, model, job.manifesto, seeds(options.seed)[: ends[most - 1]])
+    own = []
+    if job.examples is not None:
+        own = as_conversations(llm, model, *job.examples, prompts.prefixes.student)
+    opened = opened or open_for_compile(model, llm, job.steps, prompts)
+    if not opened.base.resident:
+        raise SuperegoError(
+            f"{model.path}: training keeps all weights in memory, and they do not fit what is "
+            "free; compile needs less"
+        )
+    seconds = (refit.SHARE if job.fits_again else _WRITING) * job.budget
+    had = saved.references if saved else None
+    if had is not None:  # as many again: what is gone on with must have been made from the same
+        least, seconds = next((i + 1 for i, end in enumerate(ends) if end >= had), most), 0.0
+    allowed = refit.Allowance(least, most, seconds, job.fits_again)
+    before = _leading(job.start, model, prompts)
+    conversations = refit.write_within(
+        llm, opened, model, prompts, allowed, before, options.use_cache, job.steps
+    )
+    fresh = [c for c in conversations if tuple(c.prompt) not in fitted]
+    unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
+    if not unseen_n:
+        raise SuperegoError(
+            f"{job.output}: no conversation is left that the start was not fitted on; there would "
+            "be nothing to measure by"
+        )
+    unseen, fresh = fresh[-unseen_n:], fresh[:-unseen_n]
+    measured_on = {id(c) for c in unseen}
+    seen = [c for c in conversations if id(c) not in measured_on]
+    lessons = fresh if len(fresh) >= len(seen) // 4 else seen
+    return _Material(opened, prompts, seen, unseen, lessons, own, len(fitted))
+
+
+def _begin(
+    job: _Job,
+    material: _Material,
+    measured: Unseen,
+    anew: dict[str, Any],
+    origin: Origin | None,
+) -> _Beginning:
+    """The start as a student, or a closed form of all references where that is better.
+
+    `origin` is what an interrupted run began with, which is not fitted again.
+    """
+    base, start, options = material.opened.base, job.start, job.options
+    changes: Origin = changes_of(start) if start is not None else ({}, None)
+    student = Student(base, *(origin or changes))
     if start is None:
-        return set()
-    kept = kept_references(start, model.header)
-    return {tuple(p) for p, _ in kept[: len(kept) - int(start.number("references.unseen", 0))]}
+        student.add(options.rank, options.targets, options.seed)
+    student.keep_slot()
+    if origin:
+        return _Beginning(student, 0.0, origin, measured.of(Student(base, *changes)))
+    if not job.fits_again or not refit.worth_it(len(material.seen), material.fitted):
+        return _Beginning(student, 0.0)
+    before = measured.of(student)
+    try:
+        found = refit.fit_again(material.opened, material.prompts, material.seen, anew, job.steps)
+    except KeyboardInterrupt:
+        return _Beginning(student, before, None, before, interrupted=True)
+    fitted = Student(base, *found)
+    kl = measured.of(fitted)
+    if kl < before:
+        return _Beginning(fitted, kl, found, before)
+    return _Beginning(student, before, None, before)
 
 
 def _leading(start: Adapter | None, model: BaseModel, prompts: Prompts) -> list[Conversation]:
@@ -294,122 +327,12 @@ def _leading(start: Adapter | None, model: BaseModel, prompts: Prompts) -> list[
     return [Conversation(*exchange) for exchange, _ in same]
 
 
-def _references(
-    llm: Llama,
-    opened: Opened,
-    model: BaseModel,
-    prompts: Prompts,
-    options: Options,
-    share: float,
-    between: tuple[int, int],
-    before: Sequence[Conversation],
-    fitted: bool,
-    steps: Steps,
-) -> list[Conversation]:
-    """As many blocks of references as take no more than their `share` of the time, in seconds.
-
-    With a fit to all of them, where they are to be `fitted`. Their number is `between` two; those
-    of `before` are there. What a block took tells what the next one will; an estimate where none
-    was written yet.
-    """
-    shape, rate = opened.base.shape, opened.rate
-    started = time.perf_counter()
-    blocks, most = between
-    found: Sequence[Conversation] = before
-    each: float | None = None  # seconds
-    while True:
-        mark, there = time.perf_counter(), len(found)
-        found, cached = write_replies(
-            llm,
-            opened.base,
-            model.fingerprint,
-            prompts,
-            blocks,
-            options.use_cache,
-            lambda done, total: steps.update("writing references", done, total),
-            opened.sizes.room,
-            found,
-        )
-        if len(found) - cached > there:
-            each = (time.perf_counter() - mark) / (len(found) - cached - there)
-        rows = sum(len(c.prompt) + len(c.reply) for c in found) / len(found)
-        if blocks >= most:
-            return found
-        size = BLOCKS[blocks]
-        expected = writing_seconds(shape, round(rows * size), rate) if each is None else each * size
-        if fitted:
-            expected += fit_seconds(shape, round(rows * (len(found) + size)), rate)
-        if time.perf_counter() - started + expected > share:
-            return found
-        blocks += 1
-
-
-def _fitting(model: BaseModel, budget: float) -> int:
-    """How many blocks of references may be fitted in their share of the time."""
-    shape, rate = read_shape(model.header), probe_dtype()[1]
-    ends = itertools.accumulate(BLOCKS)
-    seconds = (fit_seconds(shape, _ROWS * end, rate) + _EACH * end for end in ends)
-    return sum(each < _AGAIN * budget for each in seconds)
-
-
-def _anew(settings: dict[str, Any], n: int, base: Base) -> dict[str, Any]:
-    """The settings of a fit to n references, of a rank no less than there was."""
-    known = Settings.for_references(n)
-    before = settings.get("rank", 0)
-    rank = min(max(known.rank, before if type(before) is int else 0), base.shape.d_model)
-    return {"rank": rank, "ridge": known.ridge, "ridge_ffn": known.ridge_ffn, "most": n}
-
-
-def _fit_again(
-    opened: Opened,
-    prompts: Prompts,
-    seen: Sequence[Conversation],
-    settings: dict[str, Any],
-    steps: Steps,
-) -> tuple[Changes, Slot | None]:
-    """The closed form of all references that are there now."""
-    changes = solve(
-        opened.base,
-        seen,
-        prompts.prefixes,
-        settings["rank"],
-        {"attn_output": settings["ridge"], "ffn_down": settings["ridge_ffn"]},
-        lambda done, total: steps.update("solving layers", done, total),
-        opened.slots,
-    )
-    return changes, opened.slots[tuple(prompts.prefixes.student)]
-
-
-def changes_of(adapter: Adapter) -> tuple[Changes, Slot | None]:
-    """An adapter's pairs as changes, and its slot where it has one."""
-    changes: Changes = {}
-    for name, (a, b) in read_pairs(adapter).items():
-        parts = name.split(".")
-        if len(parts) != 4 or parts[0] != "blk" or parts[2] not in MATRICES:
-            raise SuperegoError(
-                f"{adapter.path}: adapts {name}; training knows {', '.join(MATRICES)} of a layer"
-            )
-        changes[int(parts[1]), parts[2]] = Change(torch.from_numpy(a), torch.from_numpy(b))
-    ranks = slot_ranks(adapter)
-    if not ranks:
-        return changes, None
-    marks: dict[tuple[int, str], Change] = {}
-    layer = neuron = 0
-    for name, chosen in ranks.items():
-        index, matrix = int(name.split(".")[1]), name.split(".")[2]
-        if matrix in ("attn_k", "attn_v"):
-            continue
-        change = changes[index, matrix]
-        keep = torch.from_numpy(np.flatnonzero(chosen))
-        rest = torch.from_numpy(np.flatnonzero(~chosen))
-        marks[index, matrix] = Change(change.a[keep], change.b[:, keep])
-        order = torch.cat([keep, rest])  # a mark's ranks stand first
-        changes[index, matrix] = Change(change.a[order], change.b[:, order])
-        if matrix == "ffn_gate":
-            layer, neuron = index, int(change.b.abs().amax(1).argmax())
-    mark = marks[layer, "ffn_down"]
-    direction = F.normalize((mark.b @ mark.a)[:, neuron], dim=0)
-    return changes, Slot(0, layer, neuron, direction, marks)
+def _fitted(start: Adapter | None, model: BaseModel) -> set[tuple[int, ...]]:
+    """The prompts that the start was made from; those it only measured on stand last."""
+    if start is None:
+        return set()
+    kept = kept_references(start, model.header)
+    return {tuple(p) for p, _ in kept[: len(kept) - int(start.number("references.unseen", 0))]}
 
 
 def neutral(llm: Llama) -> tuple[list[Conversation], list[int]]:
@@ -421,24 +344,17 @@ def neutral(llm: Llama) -> tuple[list[Conversation], list[int]]:
     return [Conversation(tokens[:1], tokens[1:]) for tokens in found if len(tokens) > 3], front
 
 
-def _key(
-    method: str,
-    model: BaseModel,
-    manifesto: Manifesto,
-    options: Options,
-    start: Adapter | None,
-    lessons: Sequence[Conversation],
-) -> str:
+def _key(job: _Job, lessons: Sequence[Conversation]) -> str:
     """What a checkpoint must have been made from to be gone on with."""
     parts = [
-        method,
+        job.method,
         superego.__version__,
-        model.fingerprint,
-        manifesto.sha256,
-        options.rank,
-        options.targets,
-        options.seed,
-        hashlib.sha256(start.path.read_bytes()).hexdigest() if start else "",
+        job.model.fingerprint,
+        job.manifesto.sha256,
+        job.options.rank,
+        job.options.targets,
+        job.options.seed,
+        hashlib.sha256(job.start.path.read_bytes()).hexdigest() if job.start else "",
         [[c.prompt, c.reply] for c in lessons],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -461,59 +377,41 @@ def _settings(options: Options, start: Adapter | None) -> dict[str, Any]:
     }
 
 
-def _write(
-    method: str,
-    output: Path,
-    manifesto: Manifesto,
-    model: BaseModel,
-    settings: dict[str, Any],
-    start: Adapter | None,
-    outcome: Outcome,
-    conversations: Sequence[Conversation],
-    unseen: int,
-) -> None:
+def _write(job: _Job, settings: dict[str, Any], outcome: Outcome, material: _Material) -> None:
+    conversations = material.conversations
     keys: Metadata = {
-        "adapter.lora.task_name": manifesto.name,
+        "adapter.lora.task_name": job.manifesto.name,
         "superego.settings": json.dumps(settings, sort_keys=True),
         "superego.reference_tokens": sum(len(c.prompt) + len(c.reply) for c in conversations),
         "superego.kl_recovered": outcome.recovered,
-        "superego.references": stored(model, conversations),
-        "superego.references.unseen": unseen,
+        "superego.references": stored(job.model, conversations),
+        "superego.references.unseen": len(material.unseen),
     }
-    if start is not None:
+    method = job.method
+    if job.start is not None:
         note = {"minutes": settings["minutes"], "recovered": round(outcome.recovered, 4)}
-        keys["superego.history"] = with_entry(start, method, None, **note)
-        method = f"{start.own.get('method', '?')}+{method}"
-    metadata = described(manifesto, model, method, keys)
-    write_adapter(output, model.architecture, pairs(outcome.changes), metadata)
+        keys["superego.history"] = with_entry(job.start, method, None, **note)
+        method = f"{job.start.own.get('method', '?')}+{method}"
+    metadata = described(job.manifesto, job.model, method, keys)
+    write_adapter(job.output, job.model.architecture, pairs(outcome.changes), metadata)
 
 
-def _report(
-    method: str,
-    output: Path,
-    options: Options,
-    start: Adapter | None,
-    outcome: Outcome,
-    lessons: Sequence[Conversation],
-    own: Sequence[Conversation],
-    writing: float,
-    checkpoint: Path,
-) -> dict[str, Any]:
+def _report(job: _Job, outcome: Outcome, material: _Material, writing: float) -> dict[str, Any]:
     report: dict[str, Any] = {
-        "adapter": str(output),
-        "bytes": output.stat().st_size,
-        "method": method,
+        "adapter": str(job.output),
+        "bytes": job.output.stat().st_size,
+        "method": job.method,
         "better than its start": outcome.gained,
         "kl recovered on unseen references": round(outcome.recovered, 4),
         "kl recovered at the start": round(outcome.recovered_at_start, 4),
         "kl base": round(outcome.kl_base, 4),
         "steps": outcome.steps,
-        "trained on": len(lessons),
-        "own examples": len(own),
+        "trained on": len(material.lessons),
+        "own examples": len(material.own),
         "curve": [(round(s, 1), round(r, 4)) for s, r in outcome.curve],
         "seconds": {"references": round(writing, 1), "training": round(outcome.seconds, 1)},
         "peak memory MB": peak_memory() // 2**20,
     }
     if outcome.interrupted:
-        report["interrupted"] = f"go on with --resume ({checkpoint})"
+        report["interrupted"] = f"go on with --resume ({job.checkpoint})"
     return report

@@ -153,18 +153,21 @@ def find_slot(
     found: tuple[int, int, torch.Tensor] | None = None
     inverse = torch.zeros(shape.d_model, shape.d_model)
     used = torch.empty(0)
+    looking = True
     for index in range(shape.n_layer):
         layer = base.layer(index)
         for write in WRITES:
-            if write == "ffn_down" and index < _LAYERS:
+            if write == "ffn_down" and looking:
                 detected = _detect(base, layer, streams, text, own)
                 if detected and (found is None or detected[0] < found[1]):
                     found = (index, *detected)
                     rows, prefix = (each.float() for each in streams.inputs(layer, write))
                     # an attention sink is made by neurons that open at one token alone
                     used = rows.square().mean(0) + prefix.square().amax(0)
+                # none is earlier than position 1, and the last layer's look is the last
+                looking = index < _LAYERS - 1 and (found is None or found[1] > 1)
             streams.add(streams.inputs(layer, write), getattr(layer, write))
-            if index < _LAYERS and (index, write) != (_LAYERS - 1, WRITES[-1]):  # the last look
+            if looking:
                 text.add(text.inputs(layer, write), getattr(layer, write))
         unit = streams.rows * torch.rsqrt(streams.rows.square().mean(-1, keepdim=True))
         inverse += torch.linalg.inv(_covariance(unit))

@@ -1,8 +1,8 @@
 """Training a student towards a teacher within a time budget, keeping the best it has been.
 
-Knows batches, the schedule, unseen conversations and checkpoints. Does not know manifestos
-or files of adapters. The loss is the measure itself: KL(teacher‖student) over the full
-vocabulary, at the teacher's own reply tokens, mean a reply, then over replies.
+Knows batches, the schedule and unseen conversations. Does not know manifestos or files of
+adapters. The loss is the measure itself: KL(teacher‖student) over the full vocabulary, at the
+teacher's own reply tokens, mean a reply, then over replies.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from superego.atomic import replacing
+from superego.converters.checkpoint import Checkpoint, Origin, write_checkpoint
 from superego.converters.gradients import Divergence
-from superego.converters.slot import Slot
 from superego.converters.streams import (
-    Change,
     Changes,
     Conversation,
     Pack,
@@ -30,7 +28,6 @@ from superego.converters.streams import (
 )
 from superego.converters.student import Pair, Student
 from superego.converters.transformer import Base, Rows
-from superego.errors import SuperegoError
 
 _CHUNK_ROWS = 384  # attended to at once: conversations of like length, little padding
 _WARM_UP = 8  # steps
@@ -40,7 +37,6 @@ _OWN_WEIGHT = 0.5  # of the user's examples, at every step
 _CHECKS = 10  # on unseen conversations, a run
 _BETAS = (0.9, 0.99)  # of Adam
 
-Origin = tuple[Changes, Slot | None]
 Told = Callable[[float, float, float, float], None]  # seconds, budget, loss, KL recovered
 
 
@@ -199,22 +195,24 @@ def train(
     told: Told = lambda seconds, budget, loss, recovered: None,
     checkpoint: Path | None = None,
     key: str = "",
-    resume: bool = False,
+    saved: Checkpoint | None = None,
 ) -> Outcome:
     """Train until the budget is spent; the student ends as the best that it has been.
 
     What is measured, kept and given back is a moving average of the weights. `checkpoint` is
-    a file that is written at every check; with `resume` training goes on from it, where it has
-    the same `key`.
+    a file that is written at every check; training goes on from `saved`, where that has the same
+    `key`.
     Ctrl-C ends the training early. The start counts as a candidate: never worse than it.
     """
     started = time.perf_counter()
     kl_start = unseen.of(student)
+    until = plan.seconds - (time.perf_counter() - started)  # the last measure takes as long
     run = _Run(student, plan)
     outcome = Outcome({}, unseen.kl_base, kl_start, kl_start, 0, 0.0)
     best = student.state()
     before = 0.0
-    if resume and checkpoint is not None and (kept := run.load(checkpoint, key)):
+    kept = saved.of(key) if saved is not None else None
+    if kept is not None and run.take_up(kept):
         outcome.resumed = True
         before, outcome.steps = kept["seconds"], kept["steps"]
         outcome.kl_best, best = kept["kl_best"], kept["best"]
@@ -239,13 +237,15 @@ def train(
         recovered = 1 - kl / unseen.kl_base if unseen.kl_base > 0 else 0.0
         outcome.curve.append((spent(), recovered))
 
+    stepping = 0.0  # seconds of the last step
     try:
-        while (share := spent() / plan.seconds) < 1:
-            extra = None
+        while outcome.steps == 0 or spent() + stepping < until:
+            mark, share, extra = spent(), spent() / max(until, 1e-9), None
             if outcome.steps % 4 == 0:
                 extra = next(anchors[(outcome.steps // 4) % 2])
             parts = [next(packs) for _ in range(plan.parts)]
             found = run.step(parts, extra, next(own, None), share)
+            stepping = spent() - mark
             loss = found if math.isnan(loss) else 0.9 * loss + 0.1 * found
             outcome.steps += 1
             if spent() >= check:
@@ -321,7 +321,6 @@ class _Run:
         state = {
             "key": key,
             "references": self.plan.references,
-            "origin": _plain(self.plan.origin),
             "seconds": seconds,
             "steps": outcome.steps,
             "taken": self._taken,
@@ -332,69 +331,14 @@ class _Run:
             "pairs": self.student.state(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with replacing(path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError:  # torch's, where the file system took less than all
-                raise SuperegoError(
-                    f"{path}: the state to go on from cannot be written; is the disk full?"
-                ) from None
+        write_checkpoint(path, self.plan.origin, state)
 
-    def load(self, path: Path, key: str) -> dict[str, Any] | None:
-        """Take up a checkpoint; None where there is none of this key, or it is damaged."""
-        kept = _read(path)
-        if kept is None or kept.get("key") != key:
-            return None
+    def take_up(self, kept: dict[str, Any]) -> bool:
+        """Go on from a saved state; False, and nothing changed but the optimizer, if damaged."""
         try:
             self.optimizer.load_state_dict(kept["optimizer"])
             self.student.restore(kept["pairs"])
             self.average, self._taken = kept["average"], kept["taken"]
         except (RuntimeError, ValueError, KeyError, TypeError):
-            return None
-        return kept
-
-
-def origin_of(checkpoint: Path, key: str) -> Origin | None:
-    """What the student of a checkpoint was made from, where it has this key and keeps it."""
-    kept = _read(checkpoint) or {}
-    if kept.get("key") != key or not isinstance(kept.get("origin"), tuple):
-        return None
-    changes, slot = kept["origin"]
-    if slot is None:
-        return _changes(changes), None
-    position, layer, neuron, direction, marks = slot
-    return _changes(changes), Slot(position, layer, neuron, direction, _changes(marks))
-
-
-def _plain(origin: Origin | None) -> Any:
-    """An origin as tuples and tensors, which are all that a checkpoint may hold."""
-    if origin is None:
-        return None
-    changes, slot = origin
-    of = {place: (change.a, change.b) for place, change in changes.items()}
-    if slot is None:
-        return of, None
-    marks = {place: (change.a, change.b) for place, change in slot.changes.items()}
-    return of, (slot.position, slot.layer, slot.neuron, slot.direction, marks)
-
-
-def _changes(kept: dict[tuple[int, str], Pair]) -> Changes:
-    return {place: Change(*pair) for place, pair in kept.items()}
-
-
-def references_of(checkpoint: Path) -> int | None:
-    """How many references were written for what is to be gone on with; None where none is."""
-    found = (_read(checkpoint) or {}).get("references")
-    return found if type(found) is int and found > 0 else None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A checkpoint as it was saved; None where there is none, or it is damaged."""
-    try:
-        return dict(torch.load(path, weights_only=True))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
-        return None
-    except Exception as error:  # pickle's own, whatever a damaged file makes of it
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        return None
+            return False
+        return True

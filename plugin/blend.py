@@ -19,7 +19,7 @@ from superego.atomic import check_writable
 from superego.errors import SuperegoError
 from superego.gguf_file import check_unchanged
 from superego.history import with_entry
-from superego.pairs import read_pairs, slot_ranks, slot_scales
+from superego.pairs import net_scales, read_pairs, slot_ranks, slot_scales
 
 METHOD = "blend"
 
@@ -33,7 +33,8 @@ def blend(
     """Write one adapter that does what these do together, each at its scale.
 
     A matrix's change is Σ scale·B A: the A stacked, the scaled B side by side, which is exact
-    but for the rounding of F16. Slots act in shares that are one together (pairs.py). With
+    but for the rounding of F16. Slots act in shares that are one together
+    (pairs.py); one file given twice is there once, with the sum of its scales. With
     `rank`, the best change of that rank (by singular values) in its place. Returns what was
     written, with the cut's error ‖ΔW − ΔW'‖/‖ΔW‖ over all matrices and of the worst one.
     Raises SuperegoError for adapters of different bases.
@@ -42,13 +43,18 @@ def blend(
     check_same_base([adapter for adapter, _ in parts])
     stacked: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     slots = [slot_ranks(adapter) for adapter, _ in parts]
-    scales = [scale for _, scale in parts]
+    files = [(adapter.path.resolve(), adapter.header.modified) for adapter, _ in parts]
+    scales = net_scales(files, [scale for _, scale in parts])
     added = slot_scales(scales, [bool(slot) for slot in slots])
-    for (adapter, scale), slot, more in zip(parts, slots, added, strict=True):
+    for i, ((adapter, _), slot) in enumerate(zip(parts, slots, strict=True)):
+        if not scales[i] and files.count(files[i]) > 1:
+            continue  # added up at another place, or opposite
         for name, (a, b) in read_pairs(adapter).items():
             ranks = slot.get(name, np.zeros(len(a), bool))
-            factor = np.where(ranks, scale + more, scale).astype(np.float32)
+            factor = np.where(ranks, scales[i] + added[i], scales[i]).astype(np.float32)
             stacked.setdefault(name, []).append((a, b * factor))
+    if not stacked:
+        raise SuperegoError(f"{parts[0][0].path}: its scales add up to 0; nothing would be left")
     pairs, lost, whole, worst = {}, 0.0, 0.0, 0.0
     for name, found in sorted(stacked.items()):
         a = np.concatenate([a for a, _ in found])

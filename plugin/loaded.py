@@ -18,7 +18,7 @@ from superego.atomic import temporary_folder
 from superego.control_vector import ControlVector
 from superego.errors import SuperegoError
 from superego.gguf_file import check_unchanged
-from superego.pairs import has_slot, slot_scales, write_slot
+from superego.pairs import has_slot, net_scales, slot_scales, write_slot
 from superego.persona import Persona
 
 _steered: set[int] = set()  # addresses of contexts that have been given a control vector
@@ -92,7 +92,8 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
     _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
     loaded = [each for each in acting if isinstance(each, Loaded)]
     scales = [scale for each, scale in each_scaled if isinstance(each, Loaded)]
-    scales = _net(loaded, scales)
+    # one without a scale takes no part, and may be freed
+    scales = net_scales([each.file for each in loaded], scales)
     added = slot_scales(scales, [each.slotted for each in loaded])
     active = [(each.whole, s) for each, s in zip(loaded, scales, strict=True) if abs(s) > 1e-6]
     active += [(each.slot(), s) for each, s in zip(loaded, added, strict=True) if abs(s) > 1e-6]
@@ -101,16 +102,6 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
     values = (ctypes.c_float * n)(*(scale for _, scale in active))
     if llama_cpp.llama_set_adapters_lora(context, handles, len(active), values):
         raise SuperegoError("llama.cpp refused the adapters")
-
-
-def _net(loaded: Sequence[Loaded], scales: Sequence[float]) -> list[float]:
-    """The scales, those of one file added up at its first place: opposite ones leave nothing."""
-    net = [0.0] * len(loaded)
-    first: dict[tuple[Path, int], int] = {}
-    for i, (each, scale) in enumerate(zip(loaded, scales, strict=True)):
-        if scale:  # one without a scale takes no part, and may be freed
-            net[first.setdefault(each.file, i)] += scale
-    return net
 
 
 def _steer(context: Any, vectors: Sequence[tuple[np.ndarray, float]]) -> None:

@@ -5,7 +5,7 @@ Knows the tensors' bytes. Does not know what they mean to a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,6 +75,16 @@ def write_slot(adapter: Adapter, output: Path) -> bool:
     alone = {name: (pairs[name][0][r], pairs[name][1][:, r]) for name, r in ranks.items()}
     write_adapter(output, adapter.header.text("general.architecture"), alone, {})
     return True
+
+
+def net_scales(files: Sequence[Hashable], scales: Sequence[float]) -> list[float]:
+    """The scales, those of one file added up at its first place: opposite ones leave nothing."""
+    net = [0.0] * len(scales)
+    first: dict[Hashable, int] = {}
+    for i, (file, scale) in enumerate(zip(files, scales, strict=True)):
+        if scale:
+            net[first.setdefault(file, i)] += scale
+    return net
 
 
 def slot_scales(scales: Sequence[float], slotted: Sequence[bool]) -> list[float]:

@@ -77,6 +77,20 @@ def test_on_the_real_model_too(pirate: Path, smollm2: BaseModel, tmp_path: Path)
     )
 
 
+def test_one_file_given_twice_is_there_once(tmp_path: Path) -> None:
+    a = random_adapter(tmp_path / "a.gguf", {"blk.0.ffn_down.weight": (64, 128, 4)})
+    once, twice = tmp_path / "once.gguf", tmp_path / "twice.gguf"
+    blend([(read_adapter(a), 0.75)], once)
+    blend([(read_adapter(a), 0.0), (read_adapter(a), 0.5), (read_adapter(a), 0.25)], twice)
+    first, second = (read_pairs(read_adapter(path)) for path in (once, twice))
+    for name, (down, up) in first.items():
+        assert np.array_equal(second[name][0], down)
+        assert np.array_equal(second[name][1], up)
+    message = refused("blend", f"{a}:0.5", f"{a}:-0.5", "-o", str(tmp_path / "none.gguf"))
+    assert "add up to 0" in message
+    assert not (tmp_path / "none.gguf").exists()
+
+
 def test_a_rank_cut_is_the_best_one_and_its_error_is_said(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal((8, 40)), rng.standard_normal((30, 8))

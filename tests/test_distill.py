@@ -18,9 +18,10 @@ from superego.adapter import read_adapter
 from superego.base import BaseModel, open_base
 from superego.bundled import bundled
 from superego.converters import training
+from superego.converters.adapter_changes import changes_of
 from superego.converters.compile import Settings, compile_manifesto, open_for_compile
 from superego.converters.decode import greedy
-from superego.converters.distill import Options, changes_of, distill, refine
+from superego.converters.distill import Options, distill, refine
 from superego.converters.streams import Conversation, Pack, predictions
 from superego.converters.student import Student
 from superego.exchanges import kept_references
@@ -341,12 +342,12 @@ def test_what_was_fitted_anew_is_gone_on_with(
         return step(self, *arguments)
 
     monkeypatch.setattr(training._Run, "step", interrupted)
-    monkeypatch.setattr("superego.converters.distill._AGAIN", 0.0)  # no block more than needed
+    monkeypatch.setattr("superego.converters.refit.SHARE", 0.0)  # no block more than needed
     first = refine(read_adapter(closed), tiny, out, Options(1.0))
     assert first["interrupted"]
     assert first["steps"] == 3
     rank = read_adapter(out).rank
-    monkeypatch.setattr("superego.converters.distill.solve", None)  # is not called again
+    monkeypatch.setattr("superego.converters.refit.solve", None)  # is not called again
     again = refine(read_adapter(closed), tiny, out, Options(0.5, resume=True))
     assert again["steps"] > 3
     assert read_adapter(out).rank == rank > read_adapter(closed).rank
@@ -358,7 +359,7 @@ def test_ctrl_c_in_the_fit_leaves_the_start(
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("superego.converters.distill.solve", interrupted)
+    monkeypatch.setattr("superego.converters.refit.solve", interrupted)
     out = tmp_path / "r.gguf"
     report = refine(read_adapter(closed), tiny, out, Options(0.4))
     assert report["interrupted"]

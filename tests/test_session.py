@@ -77,12 +77,9 @@ def test_replies_after_a_restore_are_those_after_a_prefill(
         tokenize(llm, template.render(conversation(STEWARD.body, message)))
         for message in lines("heldout")
     ]
-    prefix = prefix_of(llm, template, STEWARD.body)
-    read = []
-    for prompt in prompts:
-        fresh(llm)
-        llm.eval(prefix)  # by itself, as chat reads it: what is read together rounds together
-        read.append(generate(llm, prompt, 12))
+    fresh(llm)
+    llm.eval(prefix_of(llm, template, STEWARD.body))  # by itself, as chat reads it
+    read = [generate(llm, prompt, 12) for prompt in prompts]
     fresh(llm)
     session = open_session(llm, smollm2, steward)
     assert session.note == ""

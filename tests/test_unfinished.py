@@ -33,7 +33,7 @@ class Watched(Steps):
         if label == "solving layers" and done == 2 and end != "none":
             os.kill(os.getpid(), getattr(signal, end))
 
-settings = Settings.for_effort("quick", rank=8)
+settings = Settings.for_effort("quick", rank=8, slow=True)
 compile_manifesto(bundled()["terse"], open_base(base), Path(out), settings, threads=1,
                   steps=Watched(quiet=True))
 """

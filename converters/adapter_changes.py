@@ -1,0 +1,50 @@
+"""An adapter's file as the changes that a walk or a training knows.
+
+Knows which of its pairs make a slot. Does not know how either was found.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from superego.adapter import Adapter
+from superego.converters.checkpoint import Origin
+from superego.converters.slot import Slot
+from superego.converters.streams import Change, Changes
+from superego.converters.student import MATRICES
+from superego.errors import SuperegoError
+from superego.pairs import read_pairs, slot_ranks
+
+
+def changes_of(adapter: Adapter) -> Origin:
+    """An adapter's pairs as changes, and its slot where it has one."""
+    changes: Changes = {}
+    for name, (a, b) in read_pairs(adapter).items():
+        parts = name.split(".")
+        if len(parts) != 4 or parts[0] != "blk" or parts[2] not in MATRICES:
+            raise SuperegoError(
+                f"{adapter.path}: adapts {name}; training knows {', '.join(MATRICES)} of a layer"
+            )
+        changes[int(parts[1]), parts[2]] = Change(torch.from_numpy(a), torch.from_numpy(b))
+    ranks = slot_ranks(adapter)
+    if not ranks:
+        return changes, None
+    marks: dict[tuple[int, str], Change] = {}
+    layer = neuron = 0
+    for name, chosen in ranks.items():
+        index, matrix = int(name.split(".")[1]), name.split(".")[2]
+        if matrix in ("attn_k", "attn_v"):
+            continue
+        change = changes[index, matrix]
+        keep = torch.from_numpy(np.flatnonzero(chosen))
+        rest = torch.from_numpy(np.flatnonzero(~chosen))
+        marks[index, matrix] = Change(change.a[keep], change.b[:, keep])
+        order = torch.cat([keep, rest])  # a mark's ranks stand first
+        changes[index, matrix] = Change(change.a[order], change.b[:, order])
+        if matrix == "ffn_gate":
+            layer, neuron = index, int(change.b.abs().amax(1).argmax())
+    mark = marks[layer, "ffn_down"]
+    direction = F.normalize((mark.b @ mark.a)[:, neuron], dim=0)
+    return changes, Slot(0, layer, neuron, direction, marks)

@@ -1,0 +1,88 @@
+"""The file that an interrupted training goes on from.
+
+Knows what it holds and that it may be damaged. Does not know how a student is trained. Tensors,
+numbers and plain containers are all that it may hold: what is read is a file, not a program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from superego.atomic import replacing
+from superego.converters.slot import Slot
+from superego.converters.streams import Change, Changes
+from superego.converters.student import Pair
+from superego.errors import SuperegoError
+
+Origin = tuple[Changes, Slot | None]  # what a student is made from
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training's state as it was saved."""
+
+    state: dict[str, Any]
+
+    @property
+    def references(self) -> int | None:
+        """How many references were written for it; None where that is not kept."""
+        found = self.state.get("references")
+        return found if type(found) is int and found > 0 else None
+
+    def of(self, key: str) -> dict[str, Any] | None:
+        """The state, where it was made from what this key stands for."""
+        return self.state if self.state.get("key") == key else None
+
+    def origin(self, key: str) -> Origin | None:
+        """What the student was made from, where the key is the same and that was no file."""
+        kept = (self.of(key) or {}).get("origin")
+        if not isinstance(kept, tuple):
+            return None
+        changes, slot = kept
+        if slot is None:
+            return _changes(changes), None
+        position, layer, neuron, direction, marks = slot
+        return _changes(changes), Slot(position, layer, neuron, direction, _changes(marks))
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """A checkpoint; None where there is none, or it is damaged."""
+    try:
+        return Checkpoint(dict(torch.load(path, weights_only=True)))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+        return None
+    except Exception as error:  # pickle's own, whatever a damaged file makes of it
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        return None
+
+
+def write_checkpoint(path: Path, origin: Origin | None, state: dict[str, Any]) -> None:
+    """Write a training's state, and what its student was made from, atomically."""
+    with replacing(path) as temporary:
+        try:
+            torch.save({**state, "origin": _plain(origin)}, temporary)
+        except RuntimeError:  # torch's, where the file system took less than all
+            raise SuperegoError(
+                f"{path}: the state to go on from cannot be written; is the disk full?"
+            ) from None
+
+
+def _plain(origin: Origin | None) -> Any:
+    """An origin as tuples and tensors."""
+    if origin is None:
+        return None
+    changes, slot = origin
+    of = {place: (change.a, change.b) for place, change in changes.items()}
+    if slot is None:
+        return of, None
+    marks = {place: (change.a, change.b) for place, change in slot.changes.items()}
+    return of, (slot.position, slot.layer, slot.neuron, slot.direction, marks)
+
+
+def _changes(kept: dict[tuple[int, str], Pair]) -> Changes:
+    return {place: Change(*pair) for place, pair in kept.items()}

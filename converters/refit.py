@@ -1,0 +1,128 @@
+"""More references within a time budget, and a closed form fitted anew to them.
+
+Knows what a budget bears, and which settings so many references ask for. Does not know
+training, nor what is kept of the outcome.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from superego.base import BaseModel
+from superego.converters.checkpoint import Origin
+from superego.converters.closed_form import solve
+from superego.converters.compile import Opened, Settings, fit_seconds, writing_seconds
+from superego.converters.references import BLOCKS, Prompts, write_replies
+from superego.converters.shape import read_shape
+from superego.converters.streams import Conversation
+from superego.converters.transformer import Base, probe_dtype
+from superego.progress import Steps
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+SHARE = 0.8  # of the budget, at most, for the references and a fit to all of them
+_MORE = 1.25  # times the references that the file was fitted to; fewer are not fitted again
+_ROWS = 48  # tokens of a reference, about
+_EACH = 0.01  # seconds that one takes beside all products, at least
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How many references may be written."""
+
+    least: int  # blocks, whatever they take
+    most: int
+    seconds: float  # for what is more than the least
+    fitted: bool  # a fit to all of them takes its part of the seconds
+
+
+def blocks_within(model: BaseModel, budget: float) -> int:
+    """How many blocks of references may be fitted in their share of so many seconds."""
+    shape, rate = read_shape(model.header), probe_dtype()[1]
+    ends = itertools.accumulate(BLOCKS)
+    seconds = (fit_seconds(shape, _ROWS * end, rate) + _EACH * end for end in ends)
+    return sum(each < SHARE * budget for each in seconds)
+
+
+def write_within(
+    llm: Llama,
+    opened: Opened,
+    model: BaseModel,
+    prompts: Prompts,
+    allowed: Allowance,
+    before: Sequence[Conversation],
+    use_cache: bool,
+    steps: Steps,
+) -> list[Conversation]:
+    """As many whole blocks of references as are allowed; those of `before` are there already.
+
+    What a block took tells what the next one will; an estimate where none was written yet.
+    """
+    shape, rate = opened.base.shape, opened.rate
+    started = time.perf_counter()
+    blocks = allowed.least
+    found: Sequence[Conversation] = before
+    each: float | None = None  # seconds
+    while True:
+        mark, there = time.perf_counter(), len(found)
+        found, cached = write_replies(
+            llm,
+            opened.base,
+            model.fingerprint,
+            prompts,
+            blocks,
+            use_cache,
+            lambda done, total: steps.update("writing references", done, total),
+            opened.sizes.room,
+            found,
+        )
+        if len(found) - cached > there:
+            each = (time.perf_counter() - mark) / (len(found) - cached - there)
+        rows = sum(len(c.prompt) + len(c.reply) for c in found) / len(found)
+        if blocks >= allowed.most:
+            return found
+        size = BLOCKS[blocks]
+        expected = writing_seconds(shape, round(rows * size), rate) if each is None else each * size
+        if allowed.fitted:
+            expected += fit_seconds(shape, round(rows * (len(found) + size)), rate)
+        if time.perf_counter() - started + expected > allowed.seconds:
+            return found
+        blocks += 1
+
+
+def worth_it(references: int, before: int) -> bool:
+    """Whether so many references are enough more than there were before."""
+    return references >= _MORE * before
+
+
+def settings_for(before: dict[str, Any], n: int, base: Base) -> dict[str, Any]:
+    """The settings of a fit to n references, of a rank no less than there was."""
+    known = Settings.for_references(n)
+    had = before.get("rank", 0)
+    rank = min(max(known.rank, had if type(had) is int else 0), base.shape.d_model)
+    return {"rank": rank, "ridge": known.ridge, "ridge_ffn": known.ridge_ffn, "most": n}
+
+
+def fit_again(
+    opened: Opened,
+    prompts: Prompts,
+    seen: Sequence[Conversation],
+    settings: dict[str, Any],
+    steps: Steps,
+) -> Origin:
+    """The closed form of all references that are there now."""
+    changes = solve(
+        opened.base,
+        seen,
+        prompts.prefixes,
+        settings["rank"],
+        {"attn_output": settings["ridge"], "ffn_down": settings["ridge_ffn"]},
+        lambda done, total: steps.update("solving layers", done, total),
+        opened.slots,
+    )
+    return changes, opened.slots[tuple(prompts.prefixes.student)]
