@@ -34,7 +34,8 @@ _WARM_UP = 8  # steps
 _ANCHOR_ROWS = 512
 _ANCHOR_WEIGHT = 0.5  # of each of the two no-harm terms, at every fourth step
 _OWN_WEIGHT = 0.5  # of the user's examples, at every step
-_CHECKS = 10  # on unseen conversations, a run
+_CHECKS = 10  # on unseen conversations, a run, at most
+_APART = 5.0  # times what one takes
 _BETAS = (0.9, 0.99)  # of Adam
 
 Told = Callable[[float, float, float, float], None]  # seconds, budget, loss, KL recovered
@@ -206,7 +207,8 @@ def train(
     """
     started = time.perf_counter()
     kl_start = unseen.of(student)
-    until = plan.seconds - (time.perf_counter() - started)  # the last measure takes as long
+    measuring = time.perf_counter() - started  # seconds; the last measure takes as long
+    until = plan.seconds - measuring
     run = _Run(student, plan)
     outcome = Outcome({}, unseen.kl_base, kl_start, kl_start, 0, 0.0)
     best = student.state()
@@ -221,7 +223,8 @@ def train(
         outcome.curve.append((0.0, outcome.recovered_at_start))
     packs, anchors = lessons.packs(plan.rows), [lessons.returns(), lessons.neutral()]
     own = lessons.examples()
-    loss, check = math.nan, before + plan.seconds / _CHECKS
+    between = max(plan.seconds / _CHECKS, _APART * measuring)
+    loss, check = math.nan, before + between
 
     def spent() -> float:
         return before + time.perf_counter() - started
@@ -249,8 +252,8 @@ def train(
             loss = found if math.isnan(loss) else 0.9 * loss + 0.1 * found
             outcome.steps += 1
             if spent() >= check:
-                check = spent() + plan.seconds / _CHECKS
                 measure()
+                check = spent() + between
                 if checkpoint is not None:
                     run.save(checkpoint, key, outcome, best, spent())
             told(spent(), plan.seconds, loss, outcome.curve[-1][1])
