@@ -303,10 +303,9 @@ def _save(figure: Any, path: Path) -> None:
 def machine() -> str:
     """Processor, cores and the features that decide the speed, in words."""
     found = cpu()
-    wide = [
-        f for f in ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON") if f in found["features"]
-    ]
-    return f"{found['name']}, {os.cpu_count()} cores, {', '.join(wide)}"
+    known = found["features"] or []  # None where the system does not say
+    wide = [f for f in ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON") if f in known]
+    return f"{found['name']}, {found['cores']} cores, {', '.join(wide)}"
 
 
 def main() -> None:

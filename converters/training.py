@@ -243,7 +243,8 @@ def train(
     stepping = 0.0  # seconds of the last step
     try:
         while outcome.steps == 0 or spent() + stepping < until:
-            mark, share, extra = spent(), spent() / max(until, 1e-9), None
+            mark, extra = spent(), None
+            share = mark / max(until, 1e-9)
             if outcome.steps % 4 == 0:
                 extra = next(anchors[(outcome.steps // 4) % 2])
             parts = [next(packs) for _ in range(plan.parts)]
