@@ -4,7 +4,7 @@ Knows how the token is told from all others, marked and rewritten by low-rank ch
 know the closed form. A matrix that is to write at one token and nowhere else leaks onto the
 others: in d dimensions by about d**-0.5 of what it writes. So one neuron of an early
 feed-forward, which the model hardly uses, first marks the token with a large vector in a
-direction in which streams vary little; read by that mark, the leak is a quarter as large.
+direction that is made for it (mark.py); read by that mark, the leak is a tenth as large.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from superego.converters.cells import Attended, queries, stand_in
+from superego.converters.mark import Reading, answering, covariance, direction, looked_at, reading
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -36,7 +37,8 @@ from superego.converters.transformer import (
     rotate,
 )
 
-_CONVERSATIONS = 40  # that are looked at
+_CONVERSATIONS = 40  # whose queries a cell is fitted to
+_PROMPTS = 24  # that the token and its mark are found from: as many as any effort has
 _LAYERS = 3  # the first ones, in which the token may be marked
 _FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
 _HIGHEST = -0.5  # that the detector may reach elsewhere; the neuron is shut below 0
@@ -44,8 +46,6 @@ _RANDOM = (128, 64)  # sequences and tokens of random text, for what conversatio
 _GATE, _UP = 20.0, 8.0  # the detector's factors before the neuron's gate and its product
 _TOKEN_WEIGHT = 30.0  # of the token in a detector's fit, against the mean over all others
 _MARK = 5000.0  # the mark's length; streams have some tens to hundreds
-_RIDGE = 1e-3  # of covariances, times the mean diagonal
-_PREFIX_SHARE = 0.3  # of the prefix among the rows that a detector must not answer
 
 
 @dataclass(frozen=True)
@@ -145,32 +145,37 @@ def find_slot(
     shape = base.shape
     if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None or not base.plain:
         return None
-    texts = [Conversation(prompt, [0]) for prompt in prompts[:_CONVERSATIONS]]
+    texts = [Conversation(prompt, [0]) for prompt in prompts[:_PROMPTS]]
     streams = Streams(base, Pack(texts, student))
     generator = torch.Generator(device="cpu").manual_seed(0)
     drawn = torch.randint(shape.n_vocab, _RANDOM, generator=generator, device="cpu").tolist()
     text = Streams(base, Pack([Conversation(tokens, [0]) for tokens in drawn], student))
     found: tuple[int, int, torch.Tensor] | None = None
-    inverse = torch.zeros(shape.d_model, shape.d_model)
     used = torch.empty(0)
     looking = True
+    readings: list[Reading] = []
+    read = looked_at(base)
     for index in range(shape.n_layer):
         layer = base.layer(index)
+        if not looking and found and index in read:
+            readings.append(reading(base, streams, index, found[1], generator))
         for write in WRITES:
             if write == "ffn_down" and looking:
                 detected = _detect(base, layer, streams, text, own)
                 if detected and (found is None or detected[0] < found[1]):
                     found = (index, *detected)
                     rows, prefix = (each.float() for each in streams.inputs(layer, write))
+                    random_rows = text.inputs(layer, write)[0].float()
                     # an attention sink is made by neurons that open at one token alone
                     used = rows.square().mean(0) + prefix.square().amax(0)
+                    used += random_rows.square().mean(0)
                 # none is earlier than position 1, and the last layer's look is the last
                 looking = index < _LAYERS - 1 and (found is None or found[1] > 1)
             streams.add(streams.inputs(layer, write), getattr(layer, write))
             if looking:
                 text.add(text.inputs(layer, write), getattr(layer, write))
-        unit = streams.rows * torch.rsqrt(streams.rows.square().mean(-1, keepdim=True))
-        inverse += torch.linalg.inv(_covariance(unit))
+        if not looking and found is None:
+            return None
     if found is None:
         return None
     index, position, detector = found
@@ -178,9 +183,7 @@ def find_slot(
     written = layer.ffn_down.weight
     assert written is not None  # a plain base has no experts
     neuron = int((used * written.float().square().sum(0)).argmin())
-    # where the streams' inverse covariance is largest they vary least
-    direction = torch.linalg.eigh(inverse).eigenvectors[:, -1]
-    direction = direction * direction[direction.abs().argmax()].sign()  # eigh leaves it open
+    mark = direction(readings)
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
     one = F.one_hot(torch.tensor(neuron), shape.d_ff).float()
     gate, up = layer.gate_up[neuron].float(), layer.gate_up[shape.d_ff + neuron].float()
@@ -189,10 +192,10 @@ def find_slot(
         (index, "ffn_gate"): Change((_GATE * detector - gate)[None], one[:, None]),
         (index, "ffn_up"): Change((_UP * detector - up)[None], one[:, None]),
         (index, "ffn_down"): Change(
-            one[None], (_MARK / peak / shape.residual_scale * direction - down)[:, None]
+            one[None], (_MARK / peak / shape.residual_scale * mark - down)[:, None]
         ),
     }
-    return Slot(position, index, neuron, direction, changes)
+    return Slot(position, index, neuron, mark, changes)
 
 
 def write_cell(
@@ -210,10 +213,7 @@ def write_cell(
     shape = base.shape
     rows = rms_norm(streams.rows, layer.attn_norm, shape.rms_eps, torch.float32)
     prefix = rms_norm(streams.prefix, layer.attn_norm, shape.rms_eps, torch.float32)
-    others = torch.cat([prefix[: slot.position], prefix[slot.position + 1 :]])
-    solved = torch.linalg.solve(
-        _covariance(rows) + _PREFIX_SHARE * others.T @ others / len(others), prefix[slot.position]
-    )
+    solved = torch.linalg.solve(answering(rows, prefix, slot.position), prefix[slot.position])
     detector = solved / (prefix[slot.position] @ solved)
     now = F.linear(prefix[slot.position], layer.qkv.float())
     if layer.qkv_bias is not None:
@@ -231,13 +231,6 @@ def write_cell(
     }
 
 
-def _covariance(rows: torch.Tensor) -> torch.Tensor:
-    """(n, d) -> (d, d), with a little on the diagonal."""
-    gram = rows.T @ rows / len(rows)
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    return gram
-
-
 def _detect(
     base: Base, layer: Layer, streams: Streams, text: Streams, own: int
 ) -> tuple[int, torch.Tensor] | None:
@@ -251,11 +244,11 @@ def _detect(
         for stream in (streams.rows, text.rows, streams.prefix)
     )
     seen = torch.cat([rows, drawn[: len(drawn) // 2]])
-    covariance = _covariance(seen)
+    seen_covariance = covariance(seen)
     for position in range(1, own):
         kept = torch.cat([prefix[:position], prefix[position + 1 :]])
         x = prefix[position]
-        normal = covariance + _TOKEN_WEIGHT * torch.outer(x, x) + kept.T @ kept / len(kept)
+        normal = seen_covariance + _TOKEN_WEIGHT * torch.outer(x, x) + kept.T @ kept / len(kept)
         target = _TOKEN_WEIGHT * x - _FLOOR * (seen.mean(0) + kept.mean(0))
         detector = torch.linalg.solve(normal, target)
         detector = detector / (x @ detector)

@@ -49,8 +49,12 @@ class Attachment:
             raise SuperegoError(f"{self._name}: is not attached any more")
         if self.adapter is None:
             raise SuperegoError(f"{self._name}: a session has no scale; only adapters have")
-        self.scale = _finite(scale)
-        self._model.apply()
+        before, self.scale = self.scale, _finite(scale)
+        try:
+            self._model.apply()
+        except SuperegoError:
+            self.scale = before
+            raise
 
     def detach(self) -> None:
         """Take it off; without effect where it is off already."""
@@ -99,7 +103,11 @@ class _Model:
     def add(self, adapter: Persona, scale: float) -> Attachment:
         attachment = Attachment(self, adapter, scale)
         self.attachments.append(attachment)
-        self.apply()
+        try:
+            self.apply()
+        except SuperegoError:  # nothing was handed over: those before act on
+            self.drop([attachment])
+            raise
         return attachment
 
     def remove(self, gone: list[Attachment]) -> None:

@@ -18,7 +18,7 @@ from superego.atomic import temporary_folder
 from superego.control_vector import ControlVector
 from superego.errors import SuperegoError
 from superego.gguf_file import check_unchanged
-from superego.pairs import has_slot, net_scales, slot_scales, write_slot
+from superego.pairs import check_marks, net_scales, slot_mark, slot_scales, write_slot
 from superego.persona import Persona
 
 _steered: set[int] = set()  # addresses of contexts that have been given a control vector
@@ -33,7 +33,7 @@ class Loaded:
         self._adapter = adapter
         self._slot: Any = None
         self.file = adapter.path.resolve(), adapter.header.modified
-        self.slotted = has_slot(adapter)
+        self.mark = slot_mark(adapter)
         check_unchanged(adapter.header)  # what was checked is what is loaded
         self.whole = _init(model, adapter.path)
         try:
@@ -85,16 +85,21 @@ def load_persona(model: Any, persona: Persona) -> Acting:
 
 
 def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -> None:
-    """Let these act in a context at these scales, and no others; the cache is not touched."""
+    """Let these act in a context at these scales, and no others; the cache is not touched.
+
+    Raises SuperegoError, and changes nothing, where their slots do not go together.
+    """
     import llama_cpp
 
     each_scaled = list(zip(acting, scales, strict=True))
+    active_ones = [each for each, scale in each_scaled if isinstance(each, Loaded) and scale > 0]
+    check_marks([(str(each.file[0]), each.mark) for each in active_ones])
     _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
     loaded = [each for each in acting if isinstance(each, Loaded)]
     scales = [scale for each, scale in each_scaled if isinstance(each, Loaded)]
     # one without a scale takes no part, and may be freed
     scales = net_scales([each.file for each in loaded], scales)
-    added = slot_scales(scales, [each.slotted for each in loaded])
+    added = slot_scales(scales, [each.mark is not None for each in loaded])
     active = [(each.whole, s) for each, s in zip(loaded, scales, strict=True) if abs(s) > 1e-6]
     active += [(each.slot(), s) for each, s in zip(loaded, added, strict=True) if abs(s) > 1e-6]
     n = max(1, len(active))

@@ -6,6 +6,7 @@ Knows the tensors' bytes. Does not know what they mean to a model.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,9 +15,11 @@ from gguf import GGMLQuantizationType
 
 from superego.adapter import Adapter, read_adapter, write_adapter
 from superego.atomic import replacing
+from superego.errors import SuperegoError
 from superego.gguf_copy import Value, copy_gguf
 from superego.gguf_file import TensorInfo, check_unchanged, read_tensor
 
+_ALIKE = 0.8  # cosine of two marks; those of one version are at 0.95 and above
 _SLOT_MATRICES = ("ffn_gate.weight", "ffn_up.weight", "attn_k.weight", "attn_v.weight")
 
 
@@ -49,21 +52,65 @@ def slot_ranks(adapter: Adapter) -> dict[str, np.ndarray]:
     and a key a tenth too long draws several times the attention. All other ranks can be
     weakened. A slot is known by the one neuron whose gate and up rows are replaced.
     """
-    gates = [name for name in adapter.pairs if name.endswith("ffn_gate.weight")]
-    if len(gates) != 1:
+    marking = _marking(adapter)
+    if marking is None:
         return {}
-    _, b = read_pairs(adapter, gates)[gates[0]]
-    neurons = np.abs(b).argmax(axis=0)
-    if (np.count_nonzero(b, axis=0) != 1).any() or np.ptp(neurons):
-        return {}
-    mark = gates[0].replace("ffn_gate", "ffn_down")
+    mark, neuron = marking
     found = {}
     for name, (a, _) in adapter.pairs.items():
         if name.endswith(_SLOT_MATRICES):
             found[name] = np.ones(a.shape[0], bool)
         elif name == mark:
-            found[name] = read_pairs(adapter, [name])[name][0][:, neurons[0]] != 0
+            found[name] = read_pairs(adapter, [name])[name][0][:, neuron] != 0
     return found
+
+
+def _marking(adapter: Adapter) -> tuple[str, int] | None:
+    """The matrix that writes a slot's mark, and the neuron that it does so for."""
+    gates = [name for name in adapter.pairs if name.endswith("ffn_gate.weight")]
+    if len(gates) != 1:
+        return None
+    _, b = read_pairs(adapter, gates)[gates[0]]
+    neurons = np.abs(b).argmax(axis=0)
+    if (np.count_nonzero(b, axis=0) != 1).any() or np.ptp(neurons):
+        return None
+    return gates[0].replace("ffn_gate", "ffn_down"), int(neurons[0])
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a slot's neuron writes: in which matrix, from which neuron, in which direction."""
+
+    matrix: str
+    neuron: int
+    direction: np.ndarray  # (d_model,), of length 1
+
+
+def slot_mark(adapter: Adapter) -> Mark | None:
+    """An adapter's mark, or None where it has no slot."""
+    marking = _marking(adapter)
+    if marking is None or marking[0] not in adapter.pairs:
+        return None
+    name, neuron = marking
+    a, b = read_pairs(adapter, [name])[name]
+    written = b @ a[:, neuron]
+    return Mark(name, neuron, written / max(float(np.linalg.norm(written)), 1e-9))
+
+
+def check_marks(parts: Sequence[tuple[str, Mark | None]]) -> None:
+    """Raises SuperegoError where slots are not the same: together they would be no slot.
+
+    A base has one, but other versions found another. `parts` are names of adapters, and marks.
+    """
+    marked = [(name, mark) for name, mark in parts if mark is not None]
+    for name, mark in marked[1:]:
+        first, other = marked[0]
+        same = (mark.matrix, mark.neuron) == (other.matrix, other.neuron)
+        if not same or float(mark.direction @ other.direction) < _ALIKE:
+            raise SuperegoError(
+                f"{name}: its slot is not marked as that of {first} is, which was made by another "
+                "version; to use both, compile or amend them with this one"
+            )
 
 
 def write_slot(adapter: Adapter, output: Path) -> bool:

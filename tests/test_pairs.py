@@ -11,11 +11,23 @@ import pytest
 import superego
 from superego.adapter import Adapter, read_adapter
 from superego.base import BaseModel
+from superego.blend import blend
 from superego.bundled import bundled
 from superego.dialogue import encode
+from superego.errors import SuperegoError
 from superego.evaluate import kl, log_softmax
+from superego.gguf_file import read_tensor
 from superego.logits import ParallelContext
-from superego.pairs import has_slot, read_pairs, slot_ranks, slot_scales, write_slot
+from superego.pairs import (
+    check_marks,
+    has_slot,
+    read_pairs,
+    slot_mark,
+    slot_ranks,
+    slot_scales,
+    write_copy,
+    write_slot,
+)
 from superego.template import ChatTemplate
 
 PROMPTS = ["What is a good breakfast?", "Why do cats purr?", "hi", "My bike is broken."]
@@ -100,3 +112,26 @@ def test_attach_gives_the_same_as_a_context(llm: Any, pirate: Path, tmp_path: Pa
         assert np.array_equal(last(), half)
     assert not np.array_equal(half, whole)
     assert np.array_equal(last(), before)
+
+
+def test_slots_of_other_versions_are_not_mixed(llm: Any, pirate: Path, tmp_path: Path) -> None:
+    """Half of one mark and half of another are neither; told before anything acts."""
+    adapter = read_adapter(pirate)
+    mark = slot_mark(adapter)
+    assert mark is not None
+    name, other = mark.matrix, tmp_path / "other.gguf"
+    b = np.array(read_tensor(adapter.pairs[name][1]))
+    ranks = slot_ranks(adapter)[name]
+    b[:, ranks] = -b[:, ranks]
+    write_copy(adapter, other, {}, {f"{name}.lora_b": b})
+    turned = slot_mark(read_adapter(other))
+    assert turned is not None
+    assert float(turned.direction @ mark.direction) < -0.99
+    with superego.attach(llm, pirate), pytest.raises(SuperegoError, match=r"slot.*amend"):
+        superego.attach(llm, other)
+    superego.attach(llm, other).detach()  # alone it may
+    parts = [(read_adapter(pirate), 0.5), (read_adapter(other), 0.5)]
+    with pytest.raises(SuperegoError, match="slot"):
+        blend(parts, tmp_path / "both.gguf")
+    assert not (tmp_path / "both.gguf").exists()
+    check_marks([("a", mark), ("b", None), ("c", mark)])
