@@ -14,6 +14,7 @@ import torch
 
 from superego.atomic import replacing
 from superego.converters.slot import Slot
+from superego.converters.slot_cache import plain, slot_of
 from superego.converters.streams import Change, Changes
 from superego.converters.student import Pair
 from superego.errors import SuperegoError
@@ -43,10 +44,7 @@ class Checkpoint:
         if not isinstance(kept, tuple):
             return None
         changes, slot = kept
-        if slot is None:
-            return _changes(changes), None
-        position, layer, neuron, direction, marks = slot
-        return _changes(changes), Slot(position, layer, neuron, direction, _changes(marks))
+        return _changes(changes), None if slot is None else slot_of(slot)
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
@@ -78,10 +76,7 @@ def _plain(origin: Origin | None) -> Any:
         return None
     changes, slot = origin
     of = {place: (change.a, change.b) for place, change in changes.items()}
-    if slot is None:
-        return of, None
-    marks = {place: (change.a, change.b) for place, change in slot.changes.items()}
-    return of, (slot.position, slot.layer, slot.neuron, slot.direction, marks)
+    return of, None if slot is None else plain(slot)
 
 
 def _changes(kept: dict[tuple[int, str], Pair]) -> Changes:

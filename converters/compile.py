@@ -37,6 +37,7 @@ from superego.converters.references import (
 )
 from superego.converters.shape import Shape, read_shape
 from superego.converters.slot import Slot
+from superego.converters.slot_cache import KeptSlot
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype
 from superego.converters.unfinished import Unfinished
@@ -223,6 +224,10 @@ def compile_manifesto(
         [prompts.prefixes.teacher, prompts.prefixes.student],
         [[c.prompt, c.reply] for c in seen],
     )
+    kept_slot = KeptSlot(base, model.fingerprint, prompts.prefixes, seen)
+    searched = tuple(prompts.prefixes.student) not in opened.slots and not (
+        use_cache and kept_slot.read_into(opened.slots)
+    )
     if unfinished.layers:
         steps.note(f"going on behind layer {unfinished.layers} of {base.shape.n_layer}")
     changes = solve(
@@ -235,6 +240,8 @@ def compile_manifesto(
         opened.slots,
         unfinished,
     )
+    if use_cache and searched:
+        kept_slot.keep(opened.slots)
     seconds["fit"] = time.perf_counter() - mark
 
     mark = time.perf_counter()

@@ -49,7 +49,8 @@ UNSEEN = 48  # conversations that are measured on, at most; neither start nor tr
 _LEAST_UNSEEN = 12
 _NEUTRAL = 120  # plain texts that are to stay as they are
 _WRITING = 0.4  # of the budget, at most, for the references
-_LEAST_TRAINING = 0.25  # of the budget, behind a fit; less is not worth what it takes to prepare
+# of the budget, behind a fit: less is not worth what it takes to prepare, where there is another gain
+_LEAST_TRAINING, _LEAST_WITHOUT_GAIN = 0.25, 0.1
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
 
 
@@ -198,7 +199,8 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     spent = time.perf_counter() - started
     outcome = None
     tried = begun.kl_file is not None and saved is None  # another fit, in this run
-    if begun.interrupted or (tried and job.budget - spent < _LEAST_TRAINING * job.budget):
+    least = job.budget * (_LEAST_TRAINING if begun.origin else _LEAST_WITHOUT_GAIN)
+    if begun.interrupted or (tried and job.budget - spent < least):
         outcome = Outcome({}, measured.kl_base, begun.kl, begun.kl, 0, 0.0)
         outcome.interrupted = begun.interrupted
         if not begun.interrupted:

@@ -38,7 +38,7 @@ from superego.converters.transformer import (
 )
 
 _CONVERSATIONS = 40  # whose queries a cell is fitted to
-_PROMPTS = 24  # that the token and its mark are found from: as many as any effort has
+PROMPTS = 24  # that the token and its mark are found from: as many as any effort has
 _LAYERS = 3  # the first ones, in which the token may be marked
 _FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
 _HIGHEST = -0.5  # that the detector may reach elsewhere; the neuron is shut below 0
@@ -145,7 +145,7 @@ def find_slot(
     shape = base.shape
     if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None or not base.plain:
         return None
-    texts = [Conversation(prompt, [0]) for prompt in prompts[:_PROMPTS]]
+    texts = [Conversation(prompt, [0]) for prompt in prompts[:PROMPTS]]
     streams = Streams(base, Pack(texts, student))
     generator = torch.Generator(device="cpu").manual_seed(0)
     drawn = torch.randint(shape.n_vocab, _RANDOM, generator=generator, device="cpu").tolist()

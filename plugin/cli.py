@@ -161,7 +161,11 @@ def main() -> None:
     help="Where torch computes; auto: cuda, then mps, then cpu (only cpu has been run).",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would cost.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor write cached references.")
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Neither read nor write what is cached: references, the base's slot.",
+)
 @click.option(
     "--refine",
     "refine_minutes",
