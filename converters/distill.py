@@ -49,7 +49,7 @@ UNSEEN = 48  # conversations that are measured on, at most; neither start nor tr
 _LEAST_UNSEEN = 12
 _NEUTRAL = 120  # plain texts that are to stay as they are
 _WRITING = 0.4  # of the budget, at most, for the references
-# of the budget, behind a fit: less is not worth what it takes to prepare, where there is another gain
+# of the budget, behind a fit that was better and one that was not; less is not worth preparing
 _LEAST_TRAINING, _LEAST_WITHOUT_GAIN = 0.25, 0.1
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
 
