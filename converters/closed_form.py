@@ -13,7 +13,7 @@ import torch
 
 from superego.converters.linear_algebra import factor_, leading
 from superego.converters.linear_algebra import solve as solve_with
-from superego.converters.slot import Probe, Slot, find_slot, write_cell
+from superego.converters.slot import Probe, Slots, find_slot, write_cell
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -47,7 +47,7 @@ def solve(
     rank: int,
     ridges: Mapping[str, float],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    slots: dict[tuple[int, ...], Slot | None] | None = None,
+    slots: Slots | None = None,
     unfinished: Unfinished | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.

@@ -36,7 +36,7 @@ from superego.converters.references import (
     write_replies,
 )
 from superego.converters.shape import Shape, read_shape
-from superego.converters.slot import Slot
+from superego.converters.slot import Slots
 from superego.converters.slot_cache import KeptSlot
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype
@@ -120,7 +120,7 @@ class Opened:
     base: Base
     rate: float  # GFLOP/s
     sizes: Plan
-    slots: dict[tuple[int, ...], Slot | None] = field(default_factory=dict)
+    slots: Slots = field(default_factory=dict)
 
 
 def open_for_compile(

@@ -59,6 +59,9 @@ class Slot:
     changes: Changes
 
 
+Slots = dict[tuple[int, ...], Slot | None]  # of one base, by the student's prefix
+
+
 class Probe:
     """A look at the teacher's streams: what one cell in the manifesto's place would be."""
 
@@ -176,8 +179,7 @@ def find_slot(
                 text.add(text.inputs(layer, write), getattr(layer, write))
         if not looking and found is None:
             return None
-    if found is None:
-        return None
+    assert found is not None  # or the look at the last layer had ended it
     index, position, detector = found
     layer = base.layer(index)
     written = layer.ffn_down.weight

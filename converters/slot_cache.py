@@ -18,12 +18,10 @@ import torch
 
 import superego
 from superego.atomic import replacing
-from superego.converters.slot import PROMPTS, Slot
+from superego.converters.slot import PROMPTS, Slot, Slots
 from superego.converters.streams import Change, Conversation, Prefixes
 from superego.converters.transformer import Base
 from superego.errors import SuperegoError
-
-Slots = dict[tuple[int, ...], Slot | None]  # by the student's prefix
 
 
 class KeptSlot:
@@ -51,9 +49,15 @@ class KeptSlot:
         try:
             kept = torch.load(self.path, map_location=self._device, weights_only=True)
             slots[self._student] = None if kept["slot"] is None else slot_of(kept["slot"])
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError):
-            return False
-        except pickle.UnpicklingError:
+        except (
+            OSError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            EOFError,
+            pickle.UnpicklingError,
+        ):
             return False
         return True
 

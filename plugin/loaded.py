@@ -92,11 +92,11 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
     import llama_cpp
 
     each_scaled = list(zip(acting, scales, strict=True))
-    active_ones = [each for each, scale in each_scaled if isinstance(each, Loaded) and scale > 0]
-    check_marks([(str(each.file[0]), each.mark) for each in active_ones])
-    _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
     loaded = [each for each in acting if isinstance(each, Loaded)]
     scales = [scale for each, scale in each_scaled if isinstance(each, Loaded)]
+    marked = zip(loaded, scales, strict=True)
+    check_marks([(str(each.file[0]), each.mark) for each, scale in marked if scale > 0])
+    _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
     # one without a scale takes no part, and may be freed
     scales = net_scales([each.file for each in loaded], scales)
     added = slot_scales(scales, [each.mark is not None for each in loaded])

@@ -74,7 +74,8 @@ def _marking(adapter: Adapter) -> tuple[str, int] | None:
     neurons = np.abs(b).argmax(axis=0)
     if (np.count_nonzero(b, axis=0) != 1).any() or np.ptp(neurons):
         return None
-    return gates[0].replace("ffn_gate", "ffn_down"), int(neurons[0])
+    mark = gates[0].replace("ffn_gate", "ffn_down")
+    return (mark, int(neurons[0])) if mark in adapter.pairs else None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Mark:
 def slot_mark(adapter: Adapter) -> Mark | None:
     """An adapter's mark, or None where it has no slot."""
     marking = _marking(adapter)
-    if marking is None or marking[0] not in adapter.pairs:
+    if marking is None:
         return None
     name, neuron = marking
     a, b = read_pairs(adapter, [name])[name]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from superego.converters.slot import Slot
-from superego.converters.slot_cache import KeptSlot, Slots
+from superego.converters.slot import Slot, Slots
+from superego.converters.slot_cache import KeptSlot
 from superego.converters.streams import Change, Conversation, Prefixes
 
 PREFIXES = Prefixes([1, 2, 3, 9], [1, 4, 9])
