@@ -32,7 +32,7 @@ def changes_of(adapter: Adapter) -> Origin:
     if not ranks:
         return changes, None
     marks: dict[tuple[int, str], Change] = {}
-    layer = neuron = 0
+    layer, neurons = 0, torch.empty(0, dtype=torch.long)
     for name, chosen in ranks.items():
         index, matrix = int(name.split(".")[1]), name.split(".")[2]
         if matrix in ("attn_k", "attn_v"):
@@ -44,7 +44,7 @@ def changes_of(adapter: Adapter) -> Origin:
         order = torch.cat([keep, rest])  # a mark's ranks stand first
         changes[index, matrix] = Change(change.a[order], change.b[:, order])
         if matrix == "ffn_gate":
-            layer, neuron = index, int(change.b.abs().amax(1).argmax())
+            layer, neurons = index, change.b.abs().argmax(0)
     mark = marks[layer, "ffn_down"]
-    direction = F.normalize((mark.b @ mark.a)[:, neuron], dim=0)
-    return changes, Slot(0, layer, neuron, direction, marks)
+    directions = F.normalize((mark.b @ mark.a)[:, neurons].T, dim=1)
+    return changes, Slot((), layer, tuple(neurons.tolist()), directions, {}, marks)

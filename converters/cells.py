@@ -95,35 +95,98 @@ def stand_in(
     key: torch.Tensor,
     value: torch.Tensor,
     instead: Attended,
+    n: int = 1,
+    near: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One cell, key and value (head_dim,), that stands for `key` and `value` (tokens, head_dim).
+    """n cells, keys and values (n, head_dim), for `key` and `value` (tokens, head_dim).
 
-    Where they are, queries get from them and from `shared`; where the cell is, from it, from
+    Where they are, queries get from them and from `shared`; where the cells are, from these, from
     `shared` and from `instead`: cells that are there in their place and cannot be removed. With
-    masses Z (the cell's e) and outputs o (the cell's v), of `shared` without a sign, of `instead`
-    primed and of what the cell stands for starred, asked for is
-    (Z o + e v + Z' o') / (Z + e + Z') = (Z o + Z* o*) / (Z + Z*): the key is fitted to
-    log(Z* - Z'), the value to what then lacks, both by least squares.
+    masses Z (a cell's e) and outputs o (a cell's v), of `shared` without a sign, of `instead`
+    primed and of what the cells stand for starred, asked for is
+    (Z o + Σ e v + Z' o') / (Z + Σ e + Z') = (Z o + Z* o*) / (Z + Z*): the keys are fitted to their
+    cluster's part of log(Z* - Z'), the values to what then lacks, both by least squares.
+
+    `near` (n, head_dim) are keys that these shall be like, so that a cell of one manifesto says
+    about what that of another does: clusters form around them, and what queries leave open is
+    theirs.
     """
     theirs = Attended.of(query, key, value)
     total = torch.logaddexp(shared.mass, theirs.mass)
     wanted = shared.share(total) + theirs.share(total)
-    left = (1 - (instead.mass - theirs.mass).exp()).clamp(min=_LEAST)
-    target = theirs.mass + left.log()
-    mass = (query @ key.T - total[:, None]).exp().mean(0) + 1e-9
-    mass = mass / mass.sum()
-    weight = (target - total).exp() + 1e-4
+    left = (1 - (instead.mass - theirs.mass).exp()).clamp(min=_LEAST).log()
+    scores = query @ key.T
+    if len(key) < n:  # each token in n parts, of an n-th of its mass
+        scores = scores.repeat(1, n) - torch.tensor(float(n)).log()
+        key, value = key.repeat(n, 1), value.repeat(n, 1)
+    mass = (scores - total[:, None]).exp().mean(0) + 1e-9
+    cluster, share = _clusters(scores, mass, n, None if near is None else query @ near.T)
+    fitted = share.T @ key if near is None else near.clone()
+    for j in range(n):
+        target = scores[:, cluster == j].logsumexp(1) + left
+        _fit_key(fitted[j], query, target, (target - total).exp())
+    score = query @ fitted.T
+    own = score.logsumexp(1)
+    total = torch.logaddexp(torch.logaddexp(shared.mass, own), instead.mass)
+    start = share.T @ value
+    attended = (score - total[:, None]).exp()  # (q, n)
+    lacking = wanted - shared.share(total) - instead.share(total) - attended @ start
+    return fitted, start + _value_step(attended, lacking)
+
+
+def _clusters(
+    scores: torch.Tensor, mass: torch.Tensor, n: int, near: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in n clusters by how queries score them: of each (tokens,), and shares (tokens, n).
+
+    scores (q, tokens); mass (tokens,). Clusters form around the n tokens of most mass, or around
+    what scores `near` (q, n). None is left empty.
+    """
+    centred = scores - scores.mean(0)
+    if near is None:
+        token = mass.topk(n).indices
+        centre = centred[:, token]
+    else:
+        centre = near - near.mean(0)
+        distance = _distance(centred, centre)
+        first: list[int] = []
+        for j in range(n):
+            distance[first, j] = torch.inf
+            first.append(int(distance[:, j].argmin()))
+        token = torch.tensor(first)
+    for _ in range(_ROUNDS):
+        cluster = _distance(centred, centre).argmin(1)
+        cluster[token] = torch.arange(n)
+        share = F.one_hot(cluster, n).float() * mass[:, None]
+        share = share / share.sum(0)
+        centre = centred @ share
+    return cluster, share
+
+
+def _distance(centred: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Squared distances (tokens, n), less what is the same for all n."""
+    return centre.square().sum(0)[None] - 2 * centred.T @ centre
+
+
+def _fit_key(
+    key: torch.Tensor, query: torch.Tensor, target: torch.Tensor, share: torch.Tensor
+) -> None:
+    """Move a key (head_dim,) so that queries (q, head_dim) score it with `target` (q,).
+
+    Queries count by the share of attention (q,) that is asked for.
+    """
+    weight = share + 1e-4
     weighted = query * (weight / weight.mean())[:, None]
     gram = query.T @ weighted
     gram.diagonal().add_(_KEY_RIDGE * gram.diagonal().mean())
-    fitted = mass @ key
-    fitted = fitted + torch.linalg.solve(gram, weighted.T @ (target - query @ fitted))
-    score = query @ fitted
-    total = torch.logaddexp(torch.logaddexp(shared.mass, score), instead.mass)
-    share = (score - total).exp()
-    start = mass @ value
-    lacking = wanted - shared.share(total) - instead.share(total) - share[:, None] * start
-    return fitted, start + share @ lacking / (share.square().sum() * (1 + _VALUE_RIDGE) + 1e-9)
+    key += torch.linalg.solve(gram, weighted.T @ (target - query @ key))
+
+
+def _value_step(attended: torch.Tensor, lacking: torch.Tensor) -> torch.Tensor:
+    """What values (n, head_dim) are to change so that attention (q, n) to them gives `lacking`."""
+    gram = attended.T @ attended
+    gram.diagonal().add_(_VALUE_RIDGE * gram.diagonal().mean() + 1e-9)
+    return torch.linalg.solve(gram, attended.T @ lacking)
 
 
 def match(
@@ -137,32 +200,15 @@ def match(
     total = torch.logaddexp(scores.logsumexp(1), outside)
     weights = (scores - total[:, None]).exp()
     mass = weights.mean(0) + 1e-9
-    centred = scores - scores.mean(0)
     token = mass.topk(n).indices
-    centre = centred[:, token]
-    cluster = torch.zeros(len(key), dtype=torch.long)
-    for _ in range(_ROUNDS):  # by how the queries score them
-        distance = centre.square().sum(0)[None] - 2 * centred.T @ centre
-        cluster = distance.argmin(1)
-        cluster[token] = torch.arange(n)  # none is left empty
-        share = F.one_hot(cluster, n).float() * mass[:, None]
-        share = share / share.sum(0)
-        centre = centred @ share
+    cluster, share = _clusters(scores, mass, n, None)
     new_key = share.T @ key
     for j in range(n):
-        members = (cluster == j).nonzero()[:, 0]
-        target = scores[:, members].logsumexp(1)
-        weight = (target - total).exp() + 1e-4
-        weighted = query * (weight / weight.mean())[:, None]
-        gram = query.T @ weighted
-        gram.diagonal().add_(_KEY_RIDGE * gram.diagonal().mean())
-        new_key[j] += torch.linalg.solve(gram, weighted.T @ (target - query @ new_key[j]))
+        target = scores[:, cluster == j].logsumexp(1)
+        _fit_key(new_key[j], query, target, (target - total).exp())
     scores = query @ new_key.T
     total = torch.logaddexp(scores.logsumexp(1), outside)
     attended = (scores - total[:, None]).exp()  # (q, n)
     new_value = share.T @ value
-    gram = attended.T @ attended
-    gram.diagonal().add_(_VALUE_RIDGE * gram.diagonal().mean() + 1e-9)
-    lacking = weights @ value - attended @ new_value
-    new_value = new_value + torch.linalg.solve(gram, attended.T @ lacking)
+    new_value = new_value + _value_step(attended, weights @ value - attended @ new_value)
     return Cells(new_key, new_value, token)

@@ -13,7 +13,7 @@ import torch
 
 from superego.converters.linear_algebra import factor_, leading
 from superego.converters.linear_algebra import solve as solve_with
-from superego.converters.slot import Probe, Slots, find_slot, write_cell
+from superego.converters.slot import Probe, Slots, find_slot, write_cells
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -57,7 +57,7 @@ def solve(
     cut to `rank` and applied before the walk goes on, so that later writes mend what earlier
     ones left.
 
-    Where the student's prefix has a token that can be told from all others, its keys and
+    Where the student's prefix has tokens that can be told from all others, their keys and
     values are first made to stand for the manifesto's (slot.py), and the fit mends the rest.
     `slots` holds those of earlier fits on this base, by student prefix: its slot is looked for
     once. Without it every fit looks for its own. `unfinished` holds the layers that an
@@ -70,11 +70,12 @@ def solve(
     weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
     slots, key = ({} if slots is None else slots), tuple(prefixes.student)
     if key not in slots:
-        slots[key] = find_slot(base, [c.prompt for c in conversations], prefixes.student, own)
+        slots[key] = find_slot(base, [c.prompt for c in conversations], prefixes)
     slot = slots[key]
     changes: Changes = dict(slot.changes) if slot else {}
     if slot:
-        probe = Probe(teacher, prefixes, slot.position)
+        probe = Probe(teacher, prefixes, slot.positions)
+        basis = slot.basis()
     done = unfinished.layers if unfinished else 0
     kept = (
         {key: Change(*(m.to(base.device) for m in pair)) for key, pair in unfinished.found.items()}
@@ -88,7 +89,8 @@ def solve(
             if index < done:
                 written = {m: kept[index, m] for m in _CELL if (index, m) in kept}
             elif index > slot.layer:
-                written = write_cell(base, layer, student, slot, probe.cell(index, student.prefix))
+                cells = probe.cells(index, student.prefix, slot.keys.get(index))
+                written = write_cells(base, layer, student, slot, cells)
             else:
                 written = {}
             solved.update({(index, matrix): found for matrix, found in written.items()})
@@ -118,8 +120,8 @@ def solve(
             if slot and mark:
                 bare.add_change(own_inputs, mark)
                 student.add_change(inputs, mark)
-                for each in inputs:  # the fit must not read the neuron, and so gives it nothing
-                    each[:, slot.neuron] = 0
+                for each in inputs:  # the fit must not read the neurons, and so gives them nothing
+                    each[:, list(slot.neurons)] = 0
             # An attention sink's input is huge; uncapped it would drive the whole fit.
             norms = _norms(prefix[:own])
             cap = (_ANCHOR_CAP * _norms(rows).median() / norms).clamp(max=1)
@@ -134,9 +136,9 @@ def solve(
             reachable, lacking = student.reachable(teacher.rows - student.rows, lacking)
             wanted = [reachable, lacking * scale]
             del reachable
-            if slot:  # noise in the mark's direction would be read as the mark
+            if slot:  # noise in a mark's direction would be read as the mark
                 for each in wanted:
-                    each -= torch.outer(each @ slot.direction, slot.direction)
+                    each -= (each @ basis) @ basis.T
             wanted = [each.to(rows.dtype) for each in wanted]
             read = student.weigh(rows, (prefix.float() * scale).to(rows.dtype))
             try:

@@ -1,51 +1,61 @@
-"""The direction of a slot's mark: streams hold little of it, and keys read it as they should.
+"""The direction of a slot's mark: streams hold little of it, and layers read it as they should.
 
-Knows what layers read of the base's own streams. Does not know neurons, manifestos or cells. A
-cell's key is written by way of the mark, and what other rows hold of the mark draws attention to
-them as the cell's change does: a hundredth of a key's length there costs two hundredths of what is
-recovered. That is small where streams vary little in the mark's direction, and again where the
-key that the layer reads from the mark anyway is near the one that a cell asks for, so that little
-is left to change. Values may leak: over all rows it evens out.
+Knows what layers read of the base's own streams. Does not know neurons, or how cells are found. A
+cell's key and value are written by way of the mark, and what other rows hold of the mark draws
+attention to them, and adds to their values, as the cell's change does. That is small where streams
+vary little in the mark's direction, and again where the key and value that a layer reads from the
+mark anyway are near those that a cell asks for, so that little is left to change. Cells of
+different manifestos are alike enough that one manifesto's can be aimed at for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from superego.converters.cells import Attended, queries
 from superego.converters.streams import Streams
-from superego.converters.transformer import Base, project_qkv, rms_norm, rotate
+from superego.converters.transformer import Base, rms_norm, rotate
 
 PREFIX_SHARE = 0.3  # of the prefix among the rows that are not to answer
 _RIDGE = 1e-3  # of covariances, times the mean diagonal
 _FEW = 0.1  # the same for the direction, which is found from few rows
-_SHARE = 1.5  # a cell is expected to draw e to the minus this of what all else draws
-_DIFFER = 25.0  # squared scores that cells of manifestos differ from that by, a head
+_DIFFER = 3.0  # squared scores that cells of manifestos differ from that by, a head
+_VALUE = 2.0  # of what a value is off, in squared lengths of values, against a squared score
+_APART = 0.3  # of a row that is another mark, among the rows that are not to answer
 _NUMBERS = 1 << 27  # that the layers looked at may hold together; of a large base, not all are
 _ITERATIONS = 40
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one layer makes of a mark m of length 1 at the slot, with g the norm's gains.
+    """What one layer makes of a mark m of length 1 at each of n places, with g the norm's gains.
 
     inverse (d_model, d_model): the mark's leak onto other rows is (mᵀ inverse m)^-1/2.
-    by_key (n_head_kv, head_dim, d_model), bias (n_head_kv, head_dim): the key by_key m + bias.
-    gram (n_head_kv, head_dim, head_dim), cross (n_head_kv, head_dim), square (n_head_kv,): for a
-    key k, kᵀ gram k - 2 crossᵀk + square is the mean square of what a query's score for it is
-    off from what is asked for.
+    by_key (n, n_head_kv, head_dim, d_model), bias (n, n_head_kv, head_dim): at each place the key
+    by_key m + bias, less the one asked for; by_value (n_head_kv, head_dim, d_model) and value_bias
+    (n, n_head_kv, head_dim) the same for the value, which does not depend on the place.
+    gram (n_head_kv, head_dim, head_dim): for what a key is off, kᵀ gram k is the mean square of
+    what queries' scores for it are off. spread (n_head_kv,): of values, squared.
     """
 
     inverse: torch.Tensor
     by_key: torch.Tensor
     bias: torch.Tensor
     gram: torch.Tensor
-    cross: torch.Tensor
-    square: torch.Tensor
+    by_value: torch.Tensor
+    value_bias: torch.Tensor
+    spread: torch.Tensor
+
+    def cost(self, mark: torch.Tensor, place: int) -> torch.Tensor:
+        """Of a mark (d_model,) at the `place`-th place: leak² times what is off there, squared."""
+        key = self.by_key[place] @ mark + self.bias[place]  # (n_head_kv, head_dim)
+        scores = ((self.gram @ key[..., None])[..., 0] * key).sum(-1)
+        value = self.by_value @ mark + self.value_bias[place]
+        off = scores + _VALUE * value.square().sum(-1) / self.spread + _DIFFER
+        return off.sum() / ((self.inverse @ mark) @ mark)
 
 
 def covariance(rows: torch.Tensor) -> torch.Tensor:
@@ -55,85 +65,105 @@ def covariance(rows: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def answering(rows: torch.Tensor, prefix: torch.Tensor, position: int) -> torch.Tensor:
-    """The covariance of all rows that must not answer the mark at `position` of the prefix.
+def answering(rows: torch.Tensor, prefix: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """The covariance of all rows that must not answer the marks at `places` of the prefix.
 
     rows (n, d) and prefix (p, d), both as the layer's matrices read them.
     """
-    others = torch.cat([prefix[:position], prefix[position + 1 :]])
+    others = prefix[[i for i in range(len(prefix)) if i not in places]]
     return covariance(rows) + PREFIX_SHARE * others.T @ others / len(others)
 
 
 def looked_at(base: Base) -> set[int]:
     """The layers whose readings are to be taken: all, or as many as memory bears, evenly."""
-    n = base.shape.n_layer
-    most = max(_NUMBERS // base.shape.d_model**2, 1)
+    shape = base.shape
+    n, width = shape.n_layer, shape.n_head_kv * shape.head_dim
+    most = max(_NUMBERS // (shape.d_model * (shape.d_model + 3 * width)), 1)
     return {n - 1 - i * n // min(n, most) for i in range(min(n, most))}
 
 
 def reading(
-    base: Base, streams: Streams, index: int, position: int, generator: torch.Generator
+    base: Base,
+    streams: Streams,
+    index: int,
+    places: Sequence[int],
+    query: torch.Tensor,
+    cells: tuple[torch.Tensor, torch.Tensor],
 ) -> Reading:
-    """What layer `index` reads, with the base's own streams in front of it."""
+    """What layer `index` reads at `places` of the prefix, with the base's own streams in front.
+
+    query (n_head_kv, q, head_dim), scaled and rotated; `cells` are the keys, rotated, and the
+    values that are asked for, (n_head_kv, n, head_dim) each.
+    """
     shape, layer = base.shape, base.layer(index)
     eps = shape.rms_eps
     prefix = rms_norm(streams.prefix, layer.attn_norm, eps, torch.float32)
     rows = rms_norm(streams.rows, layer.attn_norm, eps, torch.float32)
     # a row that is the mark and nothing else, behind the norm
     gain = layer.attn_norm.float() * shape.d_model**0.5
-    others = answering(rows, prefix, position)
+    others = answering(rows, prefix, places)
     others.diagonal().add_(_FEW * others.diagonal().mean())
     inverse = torch.linalg.inv(others) * gain * gain[:, None]
     width = shape.n_head_kv * shape.head_dim
     heads = (shape.n_head_kv, shape.head_dim)
-    place = base.rotation(torch.tensor([position]), index)
-    matrix = layer.qkv.float()[-2 * width : -width] * gain  # (n_head_kv * head_dim, d_model)
-    by_key = rotate(matrix.T.unflatten(1, heads), *place, shape).permute(1, 2, 0)
-    bias = torch.zeros(heads)
+    turn = base.rotation(torch.tensor(places), index)
+    _, by_key, by_value = layer.qkv.float().split([len(layer.qkv) - 2 * width, width, width])
+    biases = torch.zeros(2, width)
     if layer.qkv_bias is not None:
-        given = layer.qkv_bias.float()[-2 * width : -width]
-        bias = rotate(given.view(1, *heads), *place, shape)[0]
-    turn = streams.prefix_rotations[index]
-    _, key, value = project_qkv(base, layer, prefix.to(base.dtype), turn)
-    key, value = (each.float().transpose(0, 1) for each in (key, value))
-    query, own = queries(
-        base, streams.rows, streams.pack.rows, streams.rotations[index], index, generator
+        biases = layer.qkv_bias.float()[-2 * width :].view(2, width)
+    # by_key's columns turned to each place: (n, d_model, n_head_kv, head_dim) -> by_key's layout
+    columns = (by_key * gain).T.unflatten(1, heads)
+    turned = torch.stack(
+        [
+            rotate(columns, cos[None], sin[None], shape).permute(1, 2, 0).contiguous()
+            for cos, sin in zip(*turn, strict=True)
+        ]
     )
-    there = torch.stack(
-        [Attended.of(q, k, v).mass for q, k, v in zip(query, key, value, strict=True)]
-    )
-    asked = torch.logaddexp(there, own.mass) - _SHARE  # (n_head_kv, n)
-    n = query.shape[1]
+    bias = rotate(biases[0].view(1, *heads).expand(len(places), *heads), *turn, shape)
+    values = F.linear(rows, by_value).unflatten(1, heads)
     return Reading(
         inverse,
-        by_key.contiguous(),
-        bias,
-        query.transpose(1, 2) @ query / n,
-        (query * asked[..., None]).mean(1),
-        asked.square().mean(1),
+        turned,
+        bias - cells[0].transpose(0, 1),
+        query.transpose(1, 2) @ query / query.shape[1],
+        (by_value * gain).unflatten(0, heads),
+        biases[1].view(heads) - cells[1].transpose(0, 1),
+        (values - values.mean(0)).square().sum(-1).mean(0) + 1e-9,
     )
 
 
-def direction(readings: Sequence[Reading]) -> torch.Tensor:
-    """The mark (d_model,), of length 1, that costs least: leak² times what keys are off, squared,
-    summed over heads and layers.
+def apart(each: Reading, mark: torch.Tensor) -> Reading:
+    """The same where another mark (d_model,) is not to answer either: by Sherman and Morrison."""
+    solved = each.inverse @ mark
+    less = _APART / (1 + _APART * (mark @ solved)) * torch.outer(solved, solved)
+    return replace(each, inverse=each.inverse - less)
 
-    Found by L-BFGS from where streams vary least, on the side that keys like better.
+
+def directions(readings: Sequence[Reading]) -> torch.Tensor:
+    """A mark for each place, (n, d_model), each of length 1, one after another kept apart."""
+    readings, found = list(readings), []
+    for place in range(len(readings[0].by_key)):
+        found.append(direction(readings, place))
+        for i, each in enumerate(readings):  # one by one: of a large base they are large
+            readings[i] = apart(each, found[-1])
+    return torch.stack(found)
+
+
+def direction(readings: Sequence[Reading], place: int) -> torch.Tensor:
+    """The mark (d_model,), of length 1, that costs least: leak² times what keys and values are
+    off, squared, summed over heads and layers.
+
+    Found by L-BFGS from where streams vary least, on the side that costs less.
     """
-    # one tensor a field: (layers, ...)
-    inverse, by_key, bias, gram, cross, square = (
-        torch.stack([getattr(each, field) for each in readings])
-        for field in ("inverse", "by_key", "bias", "gram", "cross", "square")
-    )
 
     def cost(mark: torch.Tensor) -> torch.Tensor:
         unit = F.normalize(mark, dim=0)
-        key = by_key @ unit + bias
-        seen = (gram @ key[..., None])[..., 0]
-        off = ((seen - 2 * cross) * key).sum(-1) + square + _DIFFER
-        return (off.sum(-1) / ((inverse @ unit) * unit).sum(-1)).sum().log()
+        return torch.stack([each.cost(unit, place) for each in readings]).sum().log()
 
-    start = torch.linalg.eigh(inverse.sum(0)).eigenvectors[:, -1]
+    total = torch.zeros_like(readings[0].inverse)
+    for each in readings:
+        total += each.inverse
+    start = torch.linalg.eigh(total).eigenvectors[:, -1]
     mark = (start if cost(start) < cost(-start) else -start).clone().requires_grad_()
     search = torch.optim.LBFGS(
         [mark],

@@ -97,7 +97,14 @@ def prepare(llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[st
         )
     if not student.prefix:
         raise SuperegoError("the chat template puts nothing in front of a user message")
-    return Prompts(Prefixes(teacher.prefix, student.prefix), rest)
+    known = encode(llm, template, _sample(), messages[:2])
+    return Prompts(Prefixes(teacher.prefix, student.prefix, known.prefix), rest)
+
+
+def _sample() -> str:
+    """The manifesto that every compile knows."""
+    file = importlib.resources.files("superego.converters").joinpath("sample.txt")
+    return file.read_text("utf-8").strip()
 
 
 def _alike(first: list[int], second: list[int]) -> bool:

@@ -1,10 +1,10 @@
-"""One token of the student's prefix whose keys and values are made to stand for the manifesto.
+"""Tokens of the student's prefix whose keys and values are made to stand for the manifesto.
 
-Knows how the token is told from all others, marked and rewritten by low-rank changes. Does not
+Knows how a token is told from all others, marked and rewritten by low-rank changes. Does not
 know the closed form. A matrix that is to write at one token and nowhere else leaks onto the
-others: in d dimensions by about d**-0.5 of what it writes. So one neuron of an early
-feed-forward, which the model hardly uses, first marks the token with a large vector in a
-direction that is made for it (mark.py); read by that mark, the leak is a tenth as large.
+others: in d dimensions by about d**-0.5 of what it writes. So a neuron of an early feed-forward,
+which the model hardly uses, first marks the token with a large vector in a direction that is
+made for it (mark.py); read by that mark, the leak is a tenth as large.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from superego.converters.cells import Attended, queries, stand_in
-from superego.converters.mark import Reading, answering, covariance, direction, looked_at, reading
+from superego.converters.mark import (
+    Reading,
+    answering,
+    covariance,
+    directions,
+    looked_at,
+    reading,
+)
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -39,7 +46,8 @@ from superego.converters.transformer import (
 
 _CONVERSATIONS = 40  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token and its mark are found from: as many as any effort has
-_LAYERS = 3  # the first ones, in which the token may be marked
+_CELLS = 2  # at most: what the marks of more leak is as much as these would gain
+_LAYERS = 3  # the first ones, in which tokens may be marked
 _FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
 _HIGHEST = -0.5  # that the detector may reach elsewhere; the neuron is shut below 0
 _RANDOM = (128, 64)  # sequences and tokens of random text, for what conversations do not hold
@@ -50,25 +58,32 @@ _MARK = 5000.0  # the mark's length; streams have some tens to hundreds
 
 @dataclass(frozen=True)
 class Slot:
-    """The marked token, and the changes that mark it."""
+    """The marked tokens, one or a few, and the changes that mark them."""
 
-    position: int  # in the student's prefix
-    layer: int  # whose feed-forward marks it; keys and values are written behind it
-    neuron: int
-    direction: torch.Tensor  # (d_model,), of length 1
+    positions: tuple[int, ...]  # in the student's prefix
+    layer: int  # whose feed-forward marks them; keys and values are written behind it
+    neurons: tuple[int, ...]  # one a position
+    directions: torch.Tensor  # (n, d_model), each of length 1
+    # of layers behind it, the keys that the sample's cells have, (n_head_kv, n, head_dim)
+    keys: dict[int, torch.Tensor]
     changes: Changes
+
+    def basis(self) -> torch.Tensor:
+        """Orthonormal columns (d_model, n) that span the marks' directions."""
+        return torch.linalg.qr(self.directions.T)[0]
 
 
 Slots = dict[tuple[int, ...], Slot | None]  # of one base, by the student's prefix
 
 
 class Probe:
-    """A look at the teacher's streams: what one cell in the manifesto's place would be."""
+    """A look at the teacher's streams: what few cells in the manifesto's place would be."""
 
-    def __init__(self, streams: Streams, prefixes: Prefixes, position: int) -> None:
-        """`streams` are the teacher's, which the fit walks; `position` the slot's in the prefix
+    def __init__(self, streams: Streams, prefixes: Prefixes, positions: Sequence[int]) -> None:
+        """`streams` are the teacher's, which the fit walks; `positions` the slot's in the prefix
         of the student."""
         teacher, student, common = prefixes.teacher, prefixes.student, prefixes.common
+        self._n = len(positions)
         self._base, self._streams = streams.base, streams
         # a pack is sorted by length: conversations of all lengths are looked at
         lengths = streams.pack.rows.lengths
@@ -80,24 +95,24 @@ class Probe:
         )
         self._moved = len(teacher) - len(student)
         self._positions = torch.arange(len(student)) + self._moved
-        front = 0
-        while front < len(student) and teacher[front] == student[front]:
-            front += 1
-        fronts = [i for i in range(front) if i != position]
+        front = _front(teacher, student)
+        fronts = [i for i in range(front) if i not in positions]
         ends = range(len(teacher) - common, len(teacher))
         self._shared = [*fronts, *ends]  # of the teacher's prefix: there in both
         self._gone = sorted(set(range(len(teacher))) - set(self._shared))  # the manifesto
         # of the student's: the template's own text, which is there in the manifesto's place
-        self._instead = [i for i in range(front, len(student) - common) if i != position]
+        self._instead = [i for i in range(front, len(student) - common) if i not in positions]
         self.generator = torch.Generator(device="cpu").manual_seed(0)
 
-    def cell(self, index: int, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Layer `index`'s key, rotated as the student's positions have it, and value.
+    def cells(
+        self, index: int, prefix: torch.Tensor, near: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer `index`'s keys, rotated as the student's positions have them, and values.
 
         The streams must be in front of that layer.
 
-        Each is (n_head_kv, head_dim), in half layout. `prefix` (p, d_model) is the stream of the
-        student's.
+        Each is (n_head_kv, n, head_dim), in half layout, as is `near`: keys that these shall be
+        like. `prefix` (p, d_model) is the stream of the student's.
         """
         base, streams = self._base, self._streams
         # the student's cells at the distances that the teacher's have from the conversation
@@ -108,6 +123,8 @@ class Probe:
         turned = cos[self._places], sin[self._places]
         stream = streams.rows[self._places]
         query, own = queries(base, stream, self._rows, turned, index, self.generator)
+        if near is not None:
+            near = self._turned(near, index, self._moved)
         fitted = []
         for h in range(base.shape.n_head_kv):
             ends = Attended.of(query[h], keys[h, self._shared], values[h, self._shared])
@@ -117,10 +134,16 @@ class Probe:
                 query[h], own_keys[h, self._instead], own_values[h, self._instead]
             )
             key, value = keys[h, self._gone], values[h, self._gone]
-            fitted.append(stand_in(query[h], Attended(total, shares), key, value, instead))
+            like = None if near is None else near[h]
+            shared = Attended(total, shares)
+            fitted.append(stand_in(query[h], shared, key, value, instead, self._n, like))
         key, value = (torch.stack(each) for each in zip(*fitted, strict=True))
-        back = base.rotation(torch.tensor([-self._moved]), index, turn=True)
-        return rotate(key[None], *back, base.shape)[0], value
+        return self._turned(key, index, -self._moved), value
+
+    def _turned(self, keys: torch.Tensor, index: int, by: int) -> torch.Tensor:
+        """Keys (n_head_kv, n, head_dim) as they are at positions that many further on."""
+        turn = self._base.rotation(torch.tensor([by] * self._n), index, turn=True)
+        return rotate(keys.transpose(0, 1), *turn, self._base.shape).transpose(0, 1)
 
     def _cells(
         self, index: int, stream: torch.Tensor, rotation: Rotation
@@ -132,111 +155,164 @@ class Probe:
         return key.float().transpose(0, 1), value.float().transpose(0, 1)
 
 
-def find_slot(
-    base: Base, prompts: Sequence[list[int]], student: list[int], own: int
-) -> Slot | None:
-    """The first token behind the sink that can be told from all others, and its mark.
+def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:
+    """The first tokens behind the sink that can be told from all others, and their marks.
 
-    All of it comes from the base and the first prompts, and so is the same for every manifesto:
-    adapters can be mixed, each with a share of the slot.
+    All of it comes from the base, the first prompts and the sample manifesto, and so is the same
+    for every manifesto: adapters can be mixed, each with a share of the slot.
 
-    `own` is the number of prefix tokens that do not come again in a conversation: only these
-    are taken. The earliest is best, as it stays when a user puts another system message in
-    the default one's place. None where no token can be told clearly, or where keys are
-    normed, so that a cell's attention mass cannot be written into them.
+    Only prefix tokens that do not come again in a conversation are taken, and beside the first
+    one only those that the template puts in front of every system message: they stay when a user
+    puts another one in the default one's place. None where no token can be told clearly, or where
+    keys are normed, so that a cell's attention mass cannot be written into them.
     """
-    shape = base.shape
+    shape, student = base.shape, prefixes.student
+    own = len(student) - prefixes.common
     if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None or not base.plain:
         return None
+    sample = prefixes.sample or prefixes.teacher
     texts = [Conversation(prompt, [0]) for prompt in prompts[:PROMPTS]]
     streams = Streams(base, Pack(texts, student))
+    place = _place(base, streams, own, _front(sample, student))
+    if place is None:
+        return None
+    positions = tuple(sorted(place.detectors))
+    streams = Streams(base, Pack(texts, student))
+    teacher = Streams(base, Pack(texts, sample))
+    probe = Probe(teacher, Prefixes(sample, student), positions)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    drawn = torch.randint(shape.n_vocab, _RANDOM, generator=generator, device="cpu").tolist()
-    text = Streams(base, Pack([Conversation(tokens, [0]) for tokens in drawn], student))
-    found: tuple[int, int, torch.Tensor] | None = None
-    used = torch.empty(0)
-    looking = True
+    keys: dict[int, torch.Tensor] = {}
     readings: list[Reading] = []
     read = looked_at(base)
     for index in range(shape.n_layer):
         layer = base.layer(index)
-        if not looking and found and index in read:
-            readings.append(reading(base, streams, index, found[1], generator))
+        if index > place.layer:
+            key, value = probe.cells(index, streams.prefix)
+            keys[index] = key
+            if index in read:
+                query, _ = queries(
+                    base,
+                    streams.rows,
+                    streams.pack.rows,
+                    streams.rotations[index],
+                    index,
+                    generator,
+                )
+                readings.append(reading(base, streams, index, positions, query, (key, value)))
         for write in WRITES:
-            if write == "ffn_down" and looking:
-                detected = _detect(base, layer, streams, text, own)
-                if detected and (found is None or detected[0] < found[1]):
-                    found = (index, *detected)
-                    rows, prefix = (each.float() for each in streams.inputs(layer, write))
-                    random_rows = text.inputs(layer, write)[0].float()
+            for each in (streams, teacher):
+                each.add(each.inputs(layer, write), getattr(layer, write))
+    marks = directions(readings)
+    return Slot(positions, place.layer, place.neurons, marks, keys, _marking(base, place, marks))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where tokens can be marked: in a layer's feed-forward, each by a neuron of its own."""
+
+    layer: int
+    detectors: dict[int, torch.Tensor]  # position -> (d_model,), of the stream behind the norm
+    neurons: tuple[int, ...]  # in the order of the positions
+
+
+def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
+    """The layer in which the first token can be told, and of such layers the one with most.
+
+    `streams` are the student's, and are walked; its first `own` prefix tokens may be taken, and
+    beside the first that is found those of the first `front`.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randint(base.shape.n_vocab, _RANDOM, generator=generator, device="cpu").tolist()
+    pack = Pack([Conversation(tokens, [0]) for tokens in drawn], streams.pack.prefix.tolist())
+    text = Streams(base, pack)
+    best: _Place | None = None
+    most = min(_CELLS, max(front - 1, 1))
+    for index in range(_LAYERS):
+        layer = base.layer(index)
+        for write in WRITES:
+            inputs, others = streams.inputs(layer, write), text.inputs(layer, write)
+            if write == "ffn_down":
+                detectors = _detect(base, layer, streams, text, own, front)
+                if detectors and (best is None or _rank(detectors) < _rank(best.detectors)):
                     # an attention sink is made by neurons that open at one token alone
-                    used = rows.square().mean(0) + prefix.square().amax(0)
-                    used += random_rows.square().mean(0)
-                # none is earlier than position 1, and the last layer's look is the last
-                looking = index < _LAYERS - 1 and (found is None or found[1] > 1)
-            streams.add(streams.inputs(layer, write), getattr(layer, write))
-            if looking:
-                text.add(text.inputs(layer, write), getattr(layer, write))
-        if not looking and found is None:
-            return None
-    assert found is not None  # or the look at the last layer had ended it
-    index, position, detector = found
-    layer = base.layer(index)
-    written = layer.ffn_down.weight
-    assert written is not None  # a plain base has no experts
-    neuron = int((used * written.float().square().sum(0)).argmin())
-    mark = direction(readings)
+                    used = sum(each.float().square().mean(0) for each in (inputs[0], others[0]))
+                    used = used + inputs[1].float().square().amax(0)
+                    assert layer.ffn_down.weight is not None  # a plain base has no experts
+                    used = used * layer.ffn_down.weight.float().square().sum(0)
+                    neurons = used.topk(len(detectors), largest=False).indices.tolist()
+                    best = _Place(index, detectors, tuple(neurons))
+                if index == _LAYERS - 1 or (best and _rank(best.detectors) <= (1, -most)):
+                    return best
+            streams.add(inputs, getattr(layer, write))
+            text.add(others, getattr(layer, write))
+    raise AssertionError("the last layer's look is the last")
+
+
+def _rank(detectors: dict[int, torch.Tensor]) -> tuple[int, int]:
+    """Less is better: the earlier the first token, and the more of them."""
+    return min(detectors), -len(detectors)
+
+
+def _marking(base: Base, place: _Place, directions: torch.Tensor) -> Changes:
+    """The changes that have each of the place's neurons open at its token and write its mark."""
+    shape, layer, neurons = base.shape, base.layer(place.layer), list(place.neurons)
+    assert layer.ffn_down.weight is not None
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
-    one = F.one_hot(torch.tensor(neuron), shape.d_ff).float()
-    gate, up = layer.gate_up[neuron].float(), layer.gate_up[shape.d_ff + neuron].float()
-    down = written[:, neuron].float()
-    changes = {
-        (index, "ffn_gate"): Change((_GATE * detector - gate)[None], one[:, None]),
-        (index, "ffn_up"): Change((_UP * detector - up)[None], one[:, None]),
-        (index, "ffn_down"): Change(
-            one[None], (_MARK / peak / shape.residual_scale * mark - down)[:, None]
-        ),
+    one = F.one_hot(torch.tensor(neurons), shape.d_ff).float()  # (n, d_ff)
+    detectors = torch.stack([place.detectors[i] for i in sorted(place.detectors)])
+    gate, up = layer.gate_up[neurons].float(), layer.gate_up[shape.d_ff :][neurons].float()
+    down = layer.ffn_down.weight[:, neurons].float()  # (d_model, n)
+    mark = _MARK / peak / shape.residual_scale * directions.T
+    return {
+        (place.layer, "ffn_gate"): Change(_GATE * detectors - gate, one.T.contiguous()),
+        (place.layer, "ffn_up"): Change(_UP * detectors - up, one.T.contiguous()),
+        (place.layer, "ffn_down"): Change(one, mark - down),
     }
-    return Slot(position, index, neuron, mark, changes)
 
 
-def write_cell(
+def write_cells(
     base: Base,
     layer: Layer,
     streams: Streams,
     slot: Slot,
-    cell: tuple[torch.Tensor, torch.Tensor],
+    cells: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, Change]:
-    """Rank-one changes of attn_k and attn_v that put a cell in the slot's place.
+    """Changes of attn_k and attn_v, of one rank a cell, that put cells in the slot's places.
 
-    With x the slot's input and C the covariance of all other rows, u = C⁻¹x / xᵀC⁻¹x is 1 at
-    the slot and answers the others least; ΔW = (wanted − W x) uᵀ.
+    `cells` are keys and values (n_head_kv, n, head_dim). With X (n, d_model) the slot's inputs and
+    C the covariance of all other rows, U = (X C⁻¹ Xᵀ)⁻¹ X C⁻¹ is 1 at a cell's own token, 0 at the
+    other cells', and answers other rows least; ΔW = (wanted − W Xᵀ) U.
     """
-    shape = base.shape
+    shape, places = base.shape, list(slot.positions)
     rows = rms_norm(streams.rows, layer.attn_norm, shape.rms_eps, torch.float32)
     prefix = rms_norm(streams.prefix, layer.attn_norm, shape.rms_eps, torch.float32)
-    solved = torch.linalg.solve(answering(rows, prefix, slot.position), prefix[slot.position])
-    detector = solved / (prefix[slot.position] @ solved)
-    now = F.linear(prefix[slot.position], layer.qkv.float())
+    inputs = prefix[places]
+    solved = torch.linalg.solve(answering(rows, prefix, places), inputs.T)  # (d_model, n)
+    detectors = torch.linalg.solve(inputs @ solved, solved.T)  # (n, d_model)
+    now = F.linear(inputs, layer.qkv.float())
     if layer.qkv_bias is not None:
         now = now + layer.qkv_bias.float()
     width = shape.n_head_kv * shape.head_dim
-    _, key, value = now.split([len(now) - 2 * width, width, width])
-    back = base.rotation(torch.tensor([-slot.position]), layer.index)
-    wanted = rotate(cell[0][None], *back, shape)[0].flatten()
-    by_key = (wanted - key)[:, None]
+    _, key, value = now.split([now.shape[1] - 2 * width, width, width], dim=1)
+    back = base.rotation(-torch.tensor(places), layer.index, turn=True)
+    wanted = rotate(cells[0].transpose(0, 1), *back, shape).flatten(1) / shape.rope_magnitude
+    by_key = (wanted - key).T.contiguous()  # (n_head_kv * head_dim, n)
     if shape.rope_pairs:
         by_key = halves_to_pairs(by_key, shape.head_dim)
-    return {
-        "attn_k": Change(detector[None], by_key),
-        "attn_v": Change(detector[None], (cell[1].flatten() - value)[:, None]),
-    }
+    by_value = (cells[1].transpose(0, 1).flatten(1) - value).T.contiguous()
+    return {"attn_k": Change(detectors, by_key), "attn_v": Change(detectors, by_value)}
+
+
+def _front(teacher: Sequence[int], student: Sequence[int]) -> int:
+    """How many of the student's first tokens are the teacher's too."""
+    pairs = enumerate(zip(teacher, student, strict=False))
+    return next((i for i, (t, s) in pairs if t != s), min(len(teacher), len(student)))
 
 
 def _detect(
-    base: Base, layer: Layer, streams: Streams, text: Streams, own: int
-) -> tuple[int, torch.Tensor] | None:
-    """The first token of the prefix that a linear detector tells from all others, and it.
+    base: Base, layer: Layer, streams: Streams, text: Streams, own: int, front: int
+) -> dict[int, torch.Tensor]:
+    """Tokens of the prefix that a linear detector tells from all others, and these detectors.
 
     Fitted on the conversations and half of the random text; the other half must stay below
     the threshold too, or a token that a user writes one day would be taken for the slot.
@@ -247,7 +323,10 @@ def _detect(
     )
     seen = torch.cat([rows, drawn[: len(drawn) // 2]])
     seen_covariance = covariance(seen)
+    found: dict[int, torch.Tensor] = {}
     for position in range(1, own):
+        if len(found) == _CELLS or (found and position >= front):
+            break
         kept = torch.cat([prefix[:position], prefix[position + 1 :]])
         x = prefix[position]
         normal = seen_covariance + _TOKEN_WEIGHT * torch.outer(x, x) + kept.T @ kept / len(kept)
@@ -255,5 +334,5 @@ def _detect(
         detector = torch.linalg.solve(normal, target)
         detector = detector / (x @ detector)
         if float((torch.cat([rows, drawn, kept]) @ detector).max()) < _HIGHEST:
-            return position, detector
-    return None
+            found[position] = detector
+    return found

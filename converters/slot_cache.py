@@ -38,7 +38,7 @@ class KeptSlot:
             torch.__version__,
             fingerprint,
             [str(base.dtype), base.device.type, torch.get_num_threads()],
-            [prefixes.student, prefixes.common],
+            [prefixes.student, prefixes.sample, prefixes.common],
             [c.prompt for c in seen[:PROMPTS]],
         ]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
@@ -75,11 +75,11 @@ class KeptSlot:
 def plain(slot: Slot) -> tuple[Any, ...]:
     """A slot as numbers and tensors, as a file may hold it."""
     marks = {place: (change.a, change.b) for place, change in slot.changes.items()}
-    return slot.position, slot.layer, slot.neuron, slot.direction, marks
+    return slot.positions, slot.layer, slot.neurons, slot.directions, slot.keys, marks
 
 
 def slot_of(kept: tuple[Any, ...]) -> Slot:
     """The slot that `plain` took apart."""
-    position, layer, neuron, direction, marks = kept
+    positions, layer, neurons, directions, keys, marks = kept
     changes = {place: Change(*pair) for place, pair in marks.items()}
-    return Slot(position, layer, neuron, direction, changes)
+    return Slot(positions, layer, neurons, directions, keys, changes)

@@ -7,7 +7,7 @@ know how changes are found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,10 +81,15 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """The teacher's and student's shared tokens; the last `common` of both are the same."""
+    """The teacher's and student's shared tokens; the last `common` of both are the same.
+
+    `sample` is what the teacher's would be with a manifesto that every compile knows (sample.txt):
+    what all manifestos have in common is found from it.
+    """
 
     teacher: list[int]
     student: list[int]
+    sample: list[int] = field(default_factory=list)
 
     @property
     def common(self) -> int:

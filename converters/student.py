@@ -210,12 +210,12 @@ class Student:
         """Take out of the pairs what would be read as the slot's mark, or change it."""
         if self.slot is None:
             return
-        direction = self.slot.direction
+        basis = self.slot.basis()
         for (index, matrix), (a, b) in self.pairs.items():
             if matrix in WRITES:
-                b -= torch.outer(direction, direction @ b)
+                b -= basis @ (basis.T @ b)
             if (index, matrix) == (self.slot.layer, "ffn_down"):
-                a[:, self.slot.neuron] = 0
+                a[:, list(self.slot.neurons)] = 0
 
     @torch.no_grad()
     def state(self) -> dict[tuple[int, str], Pair]:

@@ -19,7 +19,7 @@ from superego.atomic import check_writable
 from superego.errors import SuperegoError
 from superego.gguf_file import check_unchanged
 from superego.history import with_entry
-from superego.pairs import check_marks, net_scales, read_pairs, slot_mark, slot_ranks, slot_scales
+from superego.pairs import check_marks, net_scales, read_pairs, slot_marks, slot_ranks, slot_scales
 
 METHOD = "blend"
 
@@ -41,7 +41,7 @@ def blend(
     """
     check_writable(output)
     check_same_base([adapter for adapter, _ in parts])
-    check_marks([(str(adapter.path), slot_mark(adapter)) for adapter, _ in parts])
+    check_marks([(str(adapter.path), slot_marks(adapter)) for adapter, _ in parts])
     stacked: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     slots = [slot_ranks(adapter) for adapter, _ in parts]
     files = [(adapter.path.resolve(), adapter.header.modified) for adapter, _ in parts]

@@ -18,7 +18,7 @@ from superego.atomic import temporary_folder
 from superego.control_vector import ControlVector
 from superego.errors import SuperegoError
 from superego.gguf_file import check_unchanged
-from superego.pairs import check_marks, net_scales, slot_mark, slot_scales, write_slot
+from superego.pairs import check_marks, net_scales, slot_marks, slot_scales, write_slot
 from superego.persona import Persona
 
 _steered: set[int] = set()  # addresses of contexts that have been given a control vector
@@ -33,7 +33,7 @@ class Loaded:
         self._adapter = adapter
         self._slot: Any = None
         self.file = adapter.path.resolve(), adapter.header.modified
-        self.mark = slot_mark(adapter)
+        self.marks = slot_marks(adapter)
         check_unchanged(adapter.header)  # what was checked is what is loaded
         self.whole = _init(model, adapter.path)
         try:
@@ -95,11 +95,11 @@ def hand_over(context: Any, acting: Sequence[Acting], scales: Sequence[float]) -
     loaded = [each for each in acting if isinstance(each, Loaded)]
     scales = [scale for each, scale in each_scaled if isinstance(each, Loaded)]
     marked = zip(loaded, scales, strict=True)
-    check_marks([(str(each.file[0]), each.mark) for each, scale in marked if scale > 0])
+    check_marks([(str(each.file[0]), each.marks) for each, scale in marked if scale > 0])
     _steer(context, [(v.values, s) for v, s in each_scaled if isinstance(v, LoadedVector) and s])
     # one without a scale takes no part, and may be freed
     scales = net_scales([each.file for each in loaded], scales)
-    added = slot_scales(scales, [each.mark is not None for each in loaded])
+    added = slot_scales(scales, [each.marks is not None for each in loaded])
     active = [(each.whole, s) for each, s in zip(loaded, scales, strict=True) if abs(s) > 1e-6]
     active += [(each.slot(), s) for each, s in zip(loaded, added, strict=True) if abs(s) > 1e-6]
     n = max(1, len(active))

@@ -50,64 +50,65 @@ def slot_ranks(adapter: Adapter) -> dict[str, np.ndarray]:
 
     They act at scale 1 only: they replace what the mark makes of the token's keys and values,
     and a key a tenth too long draws several times the attention. All other ranks can be
-    weakened. A slot is known by the one neuron whose gate and up rows are replaced.
+    weakened. A slot is known by the few neurons whose gate and up rows are replaced.
     """
     marking = _marking(adapter)
     if marking is None:
         return {}
-    mark, neuron = marking
+    mark, neurons = marking
     found = {}
     for name, (a, _) in adapter.pairs.items():
         if name.endswith(_SLOT_MATRICES):
             found[name] = np.ones(a.shape[0], bool)
         elif name == mark:
-            found[name] = read_pairs(adapter, [name])[name][0][:, neuron] != 0
+            found[name] = (read_pairs(adapter, [name])[name][0][:, neurons] != 0).any(axis=1)
     return found
 
 
-def _marking(adapter: Adapter) -> tuple[str, int] | None:
-    """The matrix that writes a slot's mark, and the neuron that it does so for."""
+def _marking(adapter: Adapter) -> tuple[str, np.ndarray] | None:
+    """The matrix that writes a slot's marks, and the neurons (n,) that it does so for."""
     gates = [name for name in adapter.pairs if name.endswith("ffn_gate.weight")]
     if len(gates) != 1:
         return None
     _, b = read_pairs(adapter, gates)[gates[0]]
     neurons = np.abs(b).argmax(axis=0)
-    if (np.count_nonzero(b, axis=0) != 1).any() or np.ptp(neurons):
+    if (np.count_nonzero(b, axis=0) != 1).any() or len(set(neurons.tolist())) < len(neurons):
         return None
     mark = gates[0].replace("ffn_gate", "ffn_down")
-    return (mark, int(neurons[0])) if mark in adapter.pairs else None
+    return (mark, neurons) if mark in adapter.pairs else None
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What a slot's neuron writes: in which matrix, from which neuron, in which direction."""
+class Marks:
+    """What a slot's neurons write: in which matrix, from which neurons, in which directions."""
 
     matrix: str
-    neuron: int
-    direction: np.ndarray  # (d_model,), of length 1
+    neurons: tuple[int, ...]
+    directions: np.ndarray  # (n, d_model), each of length 1
 
 
-def slot_mark(adapter: Adapter) -> Mark | None:
-    """An adapter's mark, or None where it has no slot."""
+def slot_marks(adapter: Adapter) -> Marks | None:
+    """An adapter's marks, or None where it has no slot."""
     marking = _marking(adapter)
     if marking is None:
         return None
-    name, neuron = marking
+    name, neurons = marking
     a, b = read_pairs(adapter, [name])[name]
-    written = b @ a[:, neuron]
-    return Mark(name, neuron, written / max(float(np.linalg.norm(written)), 1e-9))
+    written = (b @ a[:, neurons]).T
+    lengths = np.linalg.norm(written, axis=1, keepdims=True)
+    return Marks(name, tuple(neurons.tolist()), written / np.maximum(lengths, 1e-9))
 
 
-def check_marks(parts: Sequence[tuple[str, Mark | None]]) -> None:
+def check_marks(parts: Sequence[tuple[str, Marks | None]]) -> None:
     """Raises SuperegoError where slots are not the same: together they would be no slot.
 
-    A base has one, but other versions found another. `parts` are names of adapters, and marks.
+    A base has one, but other versions found another. `parts` are adapters' names and marks.
     """
-    marked = [(name, mark) for name, mark in parts if mark is not None]
-    for name, mark in marked[1:]:
+    marked = [(name, marks) for name, marks in parts if marks is not None]
+    for name, marks in marked[1:]:
         first, other = marked[0]
-        same = (mark.matrix, mark.neuron) == (other.matrix, other.neuron)
-        if not same or float(mark.direction @ other.direction) < _ALIKE:
+        same = (marks.matrix, marks.neurons) == (other.matrix, other.neurons)
+        if not same or float((marks.directions * other.directions).sum(1).min()) < _ALIKE:
             raise SuperegoError(
                 f"{name}: its slot is not marked as that of {first} is, which was made by another "
                 "version; to use both, compile or amend them with this one"

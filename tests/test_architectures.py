@@ -33,7 +33,7 @@ from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.decode import greedy, prefill
 from superego.converters.references import prepare
 from superego.converters.shape import NONE, read_shape
-from superego.converters.slot import Slot, write_cell
+from superego.converters.slot import Slot, write_cells
 from superego.converters.streams import (
     Change,
     Conversation,
@@ -343,21 +343,22 @@ def test_behind_a_norm_the_fit_aims_at_what_can_be_reached(
 def test_a_cell_is_written_as_each_architecture_lays_its_keys_out(
     source: Callable[[str], Path], name: str
 ) -> None:
-    """Where there can be a slot, its key and value are those that were asked for."""
+    """Where there can be a slot, its keys and values are those that were asked for."""
     model, base = opened(source(name))
     layer, shape = base.layer(1), base.shape
     prefix, rest = texts(model)
     streams = Streams(base, Pack([Conversation(t, [0]) for t in rest], prefix))
-    slot = Slot(3, 0, 0, torch.zeros(shape.d_model), {})
-    size = (shape.n_head_kv, shape.head_dim)
+    slot = Slot((3, 1), 0, (0, 1), torch.zeros(2, shape.d_model), {}, {})
+    size = (shape.n_head_kv, 2, shape.head_dim)
     generator = torch.Generator().manual_seed(1)
-    cell = (torch.randn(size, generator=generator), torch.randn(size, generator=generator))
-    changes = {(1, m): c for m, c in write_cell(base, layer, streams, slot, cell).items()}
+    cells = (torch.randn(size, generator=generator), torch.randn(size, generator=generator))
+    changes = {(1, m): c for m, c in write_cells(base, layer, streams, slot, cells).items()}
     hidden = rms_norm(streams.prefix, layer.attn_norm, shape.rms_eps, torch.float32)
     changed = changed_layer(base, 1, changes)
     _, key, value = project_qkv(base, changed, hidden, streams.prefix_rotations[1])
-    assert torch.allclose(key[3], cell[0], atol=1e-3)
-    assert torch.allclose(value[3], cell[1], atol=1e-3)
+    for i, position in enumerate(slot.positions):
+        assert torch.allclose(key[position], cells[0][:, i], atol=1e-3)
+        assert torch.allclose(value[position], cells[1][:, i], atol=1e-3)
 
 
 @pytest.fixture(scope="module")

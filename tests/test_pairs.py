@@ -22,7 +22,7 @@ from superego.pairs import (
     check_marks,
     has_slot,
     read_pairs,
-    slot_mark,
+    slot_marks,
     slot_ranks,
     slot_scales,
     write_copy,
@@ -47,13 +47,13 @@ def test_a_slot_is_found_in_the_file_and_written_alone(pirate: Path, tmp_path: P
     ranks = slot_ranks(adapter)
     matrices = {name.rsplit(".", 2)[-2] for name in ranks}
     assert matrices == {"attn_k", "attn_v", "ffn_gate", "ffn_up", "ffn_down"}
-    assert all(r.sum() == 1 for r in ranks.values())
+    assert all(r.sum() == 2 for r in ranks.values()), "two tokens are marked"
     assert write_slot(adapter, tmp_path / "slot.gguf")
     alone, whole = read_pairs(read_adapter(tmp_path / "slot.gguf")), read_pairs(adapter)
     for name, (a, b) in alone.items():
         kept = ranks[name]
         change = whole[name][1][:, kept] @ whole[name][0][kept]
-        np.testing.assert_allclose(b @ a, change, rtol=2e-3, atol=1e-4 * np.abs(change).max())
+        np.testing.assert_allclose(b @ a, change, rtol=2e-3, atol=2e-4 * np.abs(change).max())
     assert has_slot(read_adapter(tmp_path / "slot.gguf"))
 
 
@@ -117,16 +117,16 @@ def test_attach_gives_the_same_as_a_context(llm: Any, pirate: Path, tmp_path: Pa
 def test_slots_of_other_versions_are_not_mixed(llm: Any, pirate: Path, tmp_path: Path) -> None:
     """Half of one mark and half of another are neither; told before anything acts."""
     adapter = read_adapter(pirate)
-    mark = slot_mark(adapter)
-    assert mark is not None
-    name, other = mark.matrix, tmp_path / "other.gguf"
+    marks = slot_marks(adapter)
+    assert marks is not None
+    name, other = marks.matrix, tmp_path / "other.gguf"
     b = np.array(read_tensor(adapter.pairs[name][1]))
     ranks = slot_ranks(adapter)[name]
     b[:, ranks] = -b[:, ranks]
     write_copy(adapter, other, {}, {f"{name}.lora_b": b})
-    turned = slot_mark(read_adapter(other))
+    turned = slot_marks(read_adapter(other))
     assert turned is not None
-    assert float(turned.direction @ mark.direction) < -0.99
+    assert float((turned.directions * marks.directions).sum(1).max()) < -0.99
     with superego.attach(llm, pirate), pytest.raises(SuperegoError, match=r"slot.*amend"):
         superego.attach(llm, other)
     superego.attach(llm, other).detach()  # alone it may
@@ -134,4 +134,4 @@ def test_slots_of_other_versions_are_not_mixed(llm: Any, pirate: Path, tmp_path:
     with pytest.raises(SuperegoError, match="slot"):
         blend(parts, tmp_path / "both.gguf")
     assert not (tmp_path / "both.gguf").exists()
-    check_marks([("a", mark), ("b", None), ("c", mark)])
+    check_marks([("a", marks), ("b", None), ("c", marks)])

@@ -30,7 +30,8 @@ def kept(fingerprint: str = "f", seen: list[Conversation] = SEEN) -> KeptSlot:
 @pytest.fixture
 def slots() -> Slots:
     change = Change(torch.randn(1, 6), torch.randn(6, 1))
-    return {(1, 4, 9): Slot(1, 0, 5, torch.randn(6), {(0, "ffn_gate"): change})}
+    keys = {2: torch.randn(3, 1, 4)}
+    return {(1, 4, 9): Slot((1,), 0, (5,), torch.randn(1, 6), keys, {(0, "ffn_gate"): change})}
 
 
 def test_what_was_found_is_read_again_bit_for_bit(slots: Slots) -> None:
@@ -41,12 +42,14 @@ def test_what_was_found_is_read_again_bit_for_bit(slots: Slots) -> None:
     first, second = slots[1, 4, 9], again[1, 4, 9]
     assert first is not None
     assert second is not None
-    assert (first.position, first.layer, first.neuron) == (
-        second.position,
+    assert (first.positions, first.layer, first.neurons) == (
+        second.positions,
         second.layer,
-        second.neuron,
+        second.neurons,
     )
-    assert torch.equal(first.direction, second.direction)
+    assert torch.equal(first.directions, second.directions)
+    assert first.keys.keys() == second.keys.keys()
+    assert torch.equal(first.keys[2], second.keys[2])
     (mine,), (theirs,) = first.changes.values(), second.changes.values()
     assert torch.equal(mine.a, theirs.a)
     assert torch.equal(mine.b, theirs.b)
