@@ -202,7 +202,7 @@ def _compare(
     with ExitStack() as stack:
         contexts = {
             system: stack.enter_context(
-                ParallelContext(llm, encoded.prefix, _GROUP, widest, adapters)
+                ParallelContext(llm, encoded.prefix, _GROUP, widest, _idle(adapters))
             )
             for system, encoded in (("T", teacher), ("", student))
         }
@@ -249,6 +249,11 @@ def _compare(
     return rows
 
 
+def _idle(adapters: Sequence[tuple[Persona, float]]) -> list[tuple[Persona, float]]:
+    """The same at scale 0: those compared are not mixed, and may not be such as can be."""
+    return [(adapter, 0.0) for adapter, _ in adapters]
+
+
 class Drift:
     """KL(0‖·) at the token after plain neutral text; open while a `with` block lasts.
 
@@ -265,8 +270,7 @@ class Drift:
         bos = base.header.metadata.get("tokenizer.ggml.bos_token_id")
         wanted = base.header.metadata.get("tokenizer.ggml.add_bos_token")
         plain = [bos] if wanted and isinstance(bos, int) else tokenize(llm, "\n")
-        self._context = ParallelContext(llm, plain, _GROUP, self._widest, adapters)
-        self._context.set_scales([0.0] * len(adapters))
+        self._context = ParallelContext(llm, plain, _GROUP, self._widest, _idle(adapters))
         self._bare = self._after(self._context)
 
     def _after(self, context: ParallelContext) -> np.ndarray:

@@ -15,7 +15,7 @@ from superego.blend import blend
 from superego.bundled import bundled
 from superego.dialogue import encode
 from superego.errors import SuperegoError
-from superego.evaluate import kl, log_softmax
+from superego.evaluate import Drift, kl, log_softmax
 from superego.gguf_file import read_tensor
 from superego.logits import ParallelContext
 from superego.pairs import (
@@ -53,7 +53,7 @@ def test_a_slot_is_found_in_the_file_and_written_alone(pirate: Path, tmp_path: P
     for name, (a, b) in alone.items():
         kept = ranks[name]
         change = whole[name][1][:, kept] @ whole[name][0][kept]
-        np.testing.assert_allclose(b @ a, change, rtol=2e-3, atol=2e-4 * np.abs(change).max())
+        np.testing.assert_allclose(b @ a, change, rtol=2e-3, atol=5e-4 * np.abs(change).max())
     assert has_slot(read_adapter(tmp_path / "slot.gguf"))
 
 
@@ -114,7 +114,9 @@ def test_attach_gives_the_same_as_a_context(llm: Any, pirate: Path, tmp_path: Pa
     assert np.array_equal(last(), before)
 
 
-def test_slots_of_other_versions_are_not_mixed(llm: Any, pirate: Path, tmp_path: Path) -> None:
+def test_slots_of_other_versions_are_not_mixed(
+    llm: Any, smollm2: BaseModel, pirate: Path, tmp_path: Path
+) -> None:
     """Half of one mark and half of another are neither; told before anything acts."""
     adapter = read_adapter(pirate)
     marks = slot_marks(adapter)
@@ -134,4 +136,6 @@ def test_slots_of_other_versions_are_not_mixed(llm: Any, pirate: Path, tmp_path:
     with pytest.raises(SuperegoError, match="slot"):
         blend(parts, tmp_path / "both.gguf")
     assert not (tmp_path / "both.gguf").exists()
+    with Drift(llm, smollm2, parts) as drift:  # side by side they may be compared
+        assert drift.of([1.0, 0.0]) > 0
     check_marks([("a", marks), ("b", None), ("c", marks)])
