@@ -49,13 +49,25 @@ class Reading:
     value_bias: torch.Tensor
     spread: torch.Tensor
 
-    def cost(self, mark: torch.Tensor, place: int) -> torch.Tensor:
-        """Of a mark (d_model,) at the `place`-th place: leak² times what is off there, squared."""
-        key = self.by_key[place] @ mark + self.bias[place]  # (n_head_kv, head_dim)
-        scores = ((self.gram @ key[..., None])[..., 0] * key).sum(-1)
-        value = self.by_value @ mark + self.value_bias[place]
-        off = scores + _VALUE * value.square().sum(-1) / self.spread + _DIFFER
-        return off.sum() / ((self.inverse @ mark) @ mark)
+    def off(self, place: int) -> Off:
+        """What is off at the `place`-th place, as a function of the mark."""
+        scaled = (_VALUE / self.spread).sqrt()[:, None]
+        key, value = self.by_key[place], self.by_value * scaled[..., None]
+        rows = torch.cat([(self.gram @ key).flatten(0, 1), value.flatten(0, 1)])
+        square = rows.T @ torch.cat([key.flatten(0, 1), value.flatten(0, 1)])
+        bias, value_bias = self.bias[place], self.value_bias[place] * scaled
+        scores = (self.gram @ bias[..., None])[..., 0]
+        constant = (scores * bias).sum() + value_bias.square().sum() + _DIFFER * len(bias)
+        return Off(square, rows.T @ torch.cat([bias, value_bias]).flatten(), constant)
+
+
+@dataclass(frozen=True)
+class Off:
+    """mᵀ square m + 2 linearᵀm + constant: squared scores and values, and what cells differ by."""
+
+    square: torch.Tensor  # (d_model, d_model)
+    linear: torch.Tensor  # (d_model,)
+    constant: torch.Tensor
 
 
 def covariance(rows: torch.Tensor) -> torch.Tensor:
@@ -156,15 +168,29 @@ def direction(readings: Sequence[Reading], place: int) -> torch.Tensor:
     Found by L-BFGS from where streams vary least, on the side that costs less.
     """
 
-    def cost(mark: torch.Tensor) -> torch.Tensor:
-        unit = F.normalize(mark, dim=0)
-        return torch.stack([each.cost(unit, place) for each in readings]).sum().log()
+    offs = [each.off(place) for each in readings]
+
+    def cost(mark: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its logarithm, and the gradient by the mark: by hand, as reading the matrices again for
+        a backward pass would take as long as all else."""
+        length = mark.norm()
+        unit = mark / length
+        total, gradient = torch.zeros(()), torch.zeros_like(unit)
+        for each, off in zip(readings, offs, strict=True):
+            read, answer = off.square @ unit, each.inverse @ unit
+            leak = 1 / (answer @ unit)  # squared
+            this = ((read + 2 * off.linear) @ unit + off.constant) * leak
+            total += this
+            gradient += 2 * leak * (read + off.linear - this * answer)
+        gradient = gradient / total
+        return total.log(), (gradient - (gradient @ unit) * unit) / length
 
     total = torch.zeros_like(readings[0].inverse)
     for each in readings:
         total += each.inverse
     start = torch.linalg.eigh(total).eigenvectors[:, -1]
-    mark = (start if cost(start) < cost(-start) else -start).clone().requires_grad_()
+    mark = start if cost(start)[0] < cost(-start)[0] else -start
+    mark = mark.clone().requires_grad_()
     search = torch.optim.LBFGS(
         [mark],
         max_iter=_ITERATIONS,
@@ -175,11 +201,8 @@ def direction(readings: Sequence[Reading], place: int) -> torch.Tensor:
     )
 
     def closure() -> torch.Tensor:
-        search.zero_grad()
-        found = cost(mark)
-        found.backward()
+        found, mark.grad = cost(mark.detach())
         return found
 
-    with torch.enable_grad():
-        search.step(closure)
+    search.step(closure)
     return F.normalize(mark.detach(), dim=0)
