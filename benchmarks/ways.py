@@ -172,7 +172,8 @@ def table(results: Results) -> str:
     )
     rows = ""
     for way in order:
-        having = [p for p in personas.values() if way in p.get("costs", {})]
+        measured = [p for p in personas.values() if p.get("reports")]
+        having = [p for p in measured if way in p.get("costs", {})]
         if not having:
             continue
 

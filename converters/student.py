@@ -63,7 +63,7 @@ class Student:
                 self.fixed[index, matrix] = a[:n], b[:, :n]
                 a, b = a[n:], b[:, n:]
             elif slot and matrix in ("attn_k", "attn_v"):
-                self.fixed[index, matrix] = a, b  # a cell: rank one, read by the mark
+                self.fixed[index, matrix] = a, b  # cells: a rank each, read by the marks
                 continue
             if len(a):
                 self.pairs[index, matrix] = _balanced(a, b)
