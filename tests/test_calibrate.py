@@ -77,10 +77,10 @@ def test_on_the_real_model(
     monkeypatch.setattr("superego.calibrate.SCALES", (0.4, 0.7, 1.0))
     monkeypatch.setattr("superego.evaluate.bundled", lambda name: bundled(name)[:16])
     out = tmp_path / "out.gguf"
-    report = calibrate(read_adapter(pirate), smollm2, out, limit=0.05, n_prompts=4, by="")
+    report = calibrate(read_adapter(pirate), smollm2, out, limit=0.03, n_prompts=4, by="")
     recovered = [p["KL recovered"] for p in report["points"]]
     assert min(recovered) > 0.5, "a slot keeps its strength, or little would be recovered"
-    assert report["drift"] <= 0.05 < report["drift at scale 1 before"]
+    assert report["drift"] <= 0.03 < report["drift at scale 1 before"]
     assert report["scale"] < 1
     adapter = read_adapter(out)
     (old, new) = (read_pairs(read_adapter(p)) for p in (pirate, out))
