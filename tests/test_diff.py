@@ -39,8 +39,8 @@ def test_the_same_adapter_differs_by_nothing_and_a_weaker_one_by_more(
     same = behaviour_diff((adapter, 1.0), (adapter, 1.0), smollm2, prompts, show=1)
     assert same["KL between A and B"] == pytest.approx(0, abs=1e-4)
     assert same["changed most"][0]["A"] == same["changed most"][0]["B"]
-    weak = behaviour_diff((adapter, 1.0), (adapter, 0.3), smollm2, prompts, show=2)
-    assert 0.02 < weak["KL between A and B"] < weak["KL between A and the bare base"]
+    weak = behaviour_diff((adapter, 1.0), (adapter, 0.1), smollm2, prompts, show=2)
+    assert 0.005 < weak["KL between A and B"] < weak["KL between A and the bare base"]
     kls = [row["KL"] for row in weak["by prompt"]]
     assert kls == sorted(kls, reverse=True)
     assert [row["prompt"] for row in weak["changed most"]] == [
