@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from superego.adapter import Adapter
 from superego.converters.checkpoint import Origin
@@ -15,7 +14,7 @@ from superego.converters.slot import Slot
 from superego.converters.streams import Change, Changes
 from superego.converters.student import MATRICES
 from superego.errors import SuperegoError
-from superego.pairs import read_pairs, slot_ranks
+from superego.pairs import read_pairs, slot_marks, slot_ranks
 
 
 def changes_of(adapter: Adapter) -> Origin:
@@ -28,11 +27,10 @@ def changes_of(adapter: Adapter) -> Origin:
                 f"{adapter.path}: adapts {name}; training knows {', '.join(MATRICES)} of a layer"
             )
         changes[int(parts[1]), parts[2]] = Change(torch.from_numpy(a), torch.from_numpy(b))
-    ranks = slot_ranks(adapter)
-    if not ranks:
+    written, ranks = slot_marks(adapter), slot_ranks(adapter)
+    if written is None:
         return changes, None
     marks: dict[tuple[int, str], Change] = {}
-    layer, neurons = 0, torch.empty(0, dtype=torch.long)
     for name, chosen in ranks.items():
         index, matrix = int(name.split(".")[1]), name.split(".")[2]
         if matrix in ("attn_k", "attn_v"):
@@ -43,8 +41,5 @@ def changes_of(adapter: Adapter) -> Origin:
         marks[index, matrix] = Change(change.a[keep], change.b[:, keep])
         order = torch.cat([keep, rest])  # a mark's ranks stand first
         changes[index, matrix] = Change(change.a[order], change.b[:, order])
-        if matrix == "ffn_gate":
-            layer, neurons = index, change.b.abs().argmax(0)
-    mark = marks[layer, "ffn_down"]
-    directions = F.normalize((mark.b @ mark.a)[:, neurons].T, dim=1)
-    return changes, Slot((), layer, tuple(neurons.tolist()), directions, {}, marks)
+    layer, directions = int(written.matrix.split(".")[1]), torch.from_numpy(written.directions)
+    return changes, Slot((), layer, written.neurons, directions, {}, marks)

@@ -120,7 +120,7 @@ def stand_in(
         scores = scores.repeat(1, n) - torch.tensor(float(n)).log()
         key, value = key.repeat(n, 1), value.repeat(n, 1)
     mass = (scores - total[:, None]).exp().mean(0) + 1e-9
-    cluster, share = _clusters(scores, mass, n, None if near is None else query @ near.T)
+    _, cluster, share = _clusters(scores, mass, n, None if near is None else query @ near.T)
     fitted = share.T @ key if near is None else near.clone()
     for j in range(n):
         target = scores[:, cluster == j].logsumexp(1) + left
@@ -136,8 +136,10 @@ def stand_in(
 
 def _clusters(
     scores: torch.Tensor, mass: torch.Tensor, n: int, near: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens in n clusters by how queries score them: of each (tokens,), and shares (tokens, n).
+
+    In front of these the token (n,) that each cluster formed around.
 
     scores (q, tokens); mass (tokens,). Clusters form around the n tokens of most mass, or around
     what scores `near` (q, n). None is left empty.
@@ -160,7 +162,7 @@ def _clusters(
         share = F.one_hot(cluster, n).float() * mass[:, None]
         share = share / share.sum(0)
         centre = centred @ share
-    return cluster, share
+    return token, cluster, share
 
 
 def _distance(centred: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
@@ -200,8 +202,7 @@ def match(
     total = torch.logaddexp(scores.logsumexp(1), outside)
     weights = (scores - total[:, None]).exp()
     mass = weights.mean(0) + 1e-9
-    token = mass.topk(n).indices
-    cluster, share = _clusters(scores, mass, n, None)
+    token, cluster, share = _clusters(scores, mass, n, None)
     new_key = share.T @ key
     for j in range(n):
         target = scores[:, cluster == j].logsumexp(1)

@@ -89,7 +89,7 @@ def solve(
             if index < done:
                 written = {m: kept[index, m] for m in _CELL if (index, m) in kept}
             elif index > slot.layer:
-                cells = probe.cells(index, student.prefix, slot.keys.get(index))
+                cells = probe.cells(index, student.prefix, slot.keys[index])
                 written = write_cells(base, layer, student, slot, cells)
             else:
                 written = {}

@@ -97,7 +97,7 @@ def prepare(llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[st
         )
     if not student.prefix:
         raise SuperegoError("the chat template puts nothing in front of a user message")
-    known = encode(llm, template, _sample(), messages[:2])
+    known = encode(llm, template, _sample(), [])
     return Prompts(Prefixes(teacher.prefix, student.prefix, known.prefix), rest)
 
 

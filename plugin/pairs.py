@@ -66,14 +66,17 @@ def slot_ranks(adapter: Adapter) -> dict[str, np.ndarray]:
 
 
 def _marking(adapter: Adapter) -> tuple[str, np.ndarray] | None:
-    """The matrix that writes a slot's marks, and the neurons (n,) that it does so for."""
+    """The matrix that writes a slot's marks, and the neurons (n,) that it does so for.
+
+    A blend has the ranks of all its parts, and so each neuron more than once.
+    """
     gates = [name for name in adapter.pairs if name.endswith("ffn_gate.weight")]
     if len(gates) != 1:
         return None
     _, b = read_pairs(adapter, gates)[gates[0]]
-    neurons = np.abs(b).argmax(axis=0)
-    if (np.count_nonzero(b, axis=0) != 1).any() or len(set(neurons.tolist())) < len(neurons):
+    if (np.count_nonzero(b, axis=0) != 1).any():
         return None
+    neurons = np.array(list(dict.fromkeys(np.abs(b).argmax(axis=0).tolist())))
     mark = gates[0].replace("ffn_gate", "ffn_down")
     return (mark, neurons) if mark in adapter.pairs else None
 

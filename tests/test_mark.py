@@ -56,7 +56,7 @@ def test_it_leaks_little_and_is_read_as_asked(asked: float) -> None:
         return sum(leak(each, m) ** 2 * (off(each, m) + 3) for each in layers)
 
     assert all(leak(each, mark) < 0.016 for each in layers), "0.03 for most, 0.003 at best"
-    assert cost(mark) <= min(cost(least), cost(-least)) * 1.0001
+    assert cost(mark) < 0.98 * min(cost(least), cost(-least)), "the search gets somewhere"
 
 
 def test_its_sign_is_the_one_that_layers_like_better() -> None:

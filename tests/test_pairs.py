@@ -57,6 +57,19 @@ def test_a_slot_is_found_in_the_file_and_written_alone(pirate: Path, tmp_path: P
     assert has_slot(read_adapter(tmp_path / "slot.gguf"))
 
 
+def test_a_blend_has_the_slot_of_its_parts(pirate: Path, tmp_path: Path) -> None:
+    """Each neuron is there once a part, and is one neuron still."""
+    other, both = tmp_path / "other.gguf", tmp_path / "both.gguf"
+    other.write_bytes(pirate.read_bytes())
+    blend([(read_adapter(pirate), 0.5), (read_adapter(other), 0.5)], both)
+    marks, own = slot_marks(read_adapter(both)), slot_marks(read_adapter(pirate))
+    assert marks is not None
+    assert own is not None
+    assert (marks.matrix, marks.neurons) == (own.matrix, own.neurons)
+    np.testing.assert_allclose(marks.directions, own.directions, atol=1e-3)
+    assert all(r.sum() == 4 for r in slot_ranks(read_adapter(both)).values())
+
+
 @pytest.fixture(scope="module")
 def teacher(llm: Any, smollm2: BaseModel) -> tuple[Any, list[np.ndarray]]:
     template = ChatTemplate(smollm2.header)
