@@ -10,7 +10,7 @@ different manifestos are alike enough that one manifesto's can be aimed at for a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ _DIFFER = 3.0  # squared scores that cells of manifestos differ from that by, a 
 _VALUE = 2.0  # of what a value is off, in squared lengths of values, against a squared score
 _APART = 0.3  # of a row that is another mark, among the rows that are not to answer
 _NUMBERS = 1 << 27  # that the layers looked at may hold together; of a large base, not all are
-_ITERATIONS = 40
+_ITERATIONS, _HISTORY = 40, 20
 
 
 @dataclass(frozen=True)
@@ -190,19 +190,40 @@ def direction(readings: Sequence[Reading], place: int) -> torch.Tensor:
         total += each.inverse
     start = torch.linalg.eigh(total).eigenvectors[:, -1]
     mark = start if cost(start)[0] < cost(-start)[0] else -start
-    mark = mark.clone().requires_grad_()
-    search = torch.optim.LBFGS(
-        [mark],
-        max_iter=_ITERATIONS,
-        history_size=20,
-        tolerance_grad=0,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
+    return F.normalize(_descend(cost, mark), dim=0)
 
-    def closure() -> torch.Tensor:
-        found, mark.grad = cost(mark.detach())
-        return found
 
-    search.step(closure)
-    return F.normalize(mark.detach(), dim=0)
+def _descend(
+    cost: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], at: torch.Tensor
+) -> torch.Tensor:
+    """Where L-BFGS (Nocedal and Wright, algorithm 7.5; Armijo's condition) comes to from `at`.
+
+    Written out, as the first use of an optimizer of torch's imports its compiler for 3 seconds.
+    """
+    value, gradient = cost(at)
+    pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # steps, changes, 1 / both
+    for _ in range(_ITERATIONS):
+        way, taken = gradient.clone(), []
+        for step, change, inverse in reversed(pairs):
+            taken.append(inverse * (step @ way))
+            way -= taken[-1] * change
+        if pairs:
+            _, change, inverse = pairs[-1]
+            way /= inverse * (change @ change)
+        else:
+            way /= gradient.abs().sum().clamp(min=1)
+        for (step, change, inverse), share in zip(pairs, reversed(taken), strict=True):
+            way += (share - inverse * (change @ way)) * step
+        slope, length = gradient @ way, 1.0
+        found = cost(at - way)
+        while not found[0] <= value - 1e-4 * length * slope:
+            length /= 2
+            if length < 1e-6:  # no better within float32
+                return at
+            found = cost(at - length * way)
+        step, change = -length * way, found[1] - gradient
+        at = at + step
+        value, gradient = found
+        if step @ change > 0:
+            pairs = [*pairs[-_HISTORY + 1 :], (step, change, 1 / (step @ change))]
+    return at
