@@ -25,6 +25,7 @@ from superego.blend import blend
 from superego.bundled import bundled
 from superego.converters.amend import amend, amended
 from superego.converters.compile import Settings, compile_manifesto, open_for_compile
+from superego.converters.slot import Slots
 from superego.converters.watch import Problem, Workshop, watch
 from superego.dialogue import encode
 from superego.evaluate import bundled as lines
@@ -100,7 +101,7 @@ def ten(base: str, name: str, prompts: int, effort: str, folder: Path) -> None:
         manifesto = amended(manifesto, text)
         kept = f"{report['references kept']} of {report['references']}"
         print(f"| {number} | {kept} | {_figures(report)} |", flush=True)
-    fresh = replace(opened, slots={})
+    fresh = replace(opened, slots=Slots())
     report = compile_manifesto(manifesto, model, once, settings, use_cache=False, opened=fresh)
     print(f"| compiled once | none | {_figures(report)} |", flush=True)
     if not prompts:

@@ -14,9 +14,8 @@ import torch
 
 from superego.atomic import replacing
 from superego.converters.slot import Slot
-from superego.converters.slot_cache import plain, slot_of
-from superego.converters.streams import Change, Changes
-from superego.converters.student import Pair
+from superego.converters.slot_cache import changes_of, plain, plain_changes, slot_of
+from superego.converters.streams import Changes
 from superego.errors import SuperegoError
 
 Origin = tuple[Changes, Slot | None]  # what a student is made from
@@ -44,7 +43,7 @@ class Checkpoint:
         if not isinstance(kept, tuple):
             return None
         changes, slot = kept
-        return _changes(changes), None if slot is None else slot_of(slot)
+        return changes_of(changes), None if slot is None else slot_of(slot)
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
@@ -75,9 +74,4 @@ def _plain(origin: Origin | None) -> Any:
     if origin is None:
         return None
     changes, slot = origin
-    of = {place: (change.a, change.b) for place, change in changes.items()}
-    return of, None if slot is None else plain(slot)
-
-
-def _changes(kept: dict[tuple[int, str], Pair]) -> Changes:
-    return {place: Change(*pair) for place, pair in kept.items()}
+    return plain_changes(changes), None if slot is None else plain(slot)

@@ -13,7 +13,7 @@ import torch
 
 from superego.converters.linear_algebra import factor_, leading
 from superego.converters.linear_algebra import solve as solve_with
-from superego.converters.slot import Probe, Slots, find_slot, write_cells
+from superego.converters.slot import Probe, Slots, write_cells
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -59,19 +59,16 @@ def solve(
 
     Where the student's prefix has tokens that can be told from all others, their keys and
     values are first made to stand for the manifesto's (slot.py), and the fit mends the rest.
-    `slots` holds those of earlier fits on this base, by student prefix: its slot is looked for
-    once. Without it every fit looks for its own. `unfinished` holds the layers that an
-    interrupted fit has solved, and is given those that this one solves.
+    `slots` has those of earlier fits on this base: without it every fit looks for its own.
+    `unfinished` holds the layers that an interrupted fit has solved, and is given those that this
+    one solves.
     """
     teacher = Streams(base, Pack(conversations, prefixes.teacher))
     student = Streams(base, Pack(conversations, prefixes.student))
     bare = Streams(base, Pack(conversations[:1], prefixes.student))  # for its prefix alone
     own = len(prefixes.student) - prefixes.common  # prefix rows without a twin: kept as they are
     weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
-    slots, key = ({} if slots is None else slots), tuple(prefixes.student)
-    if key not in slots:
-        slots[key] = find_slot(base, [c.prompt for c in conversations], prefixes)
-    slot = slots[key]
+    slot = (slots or Slots()).of(base, [c.prompt for c in conversations], prefixes)
     changes: Changes = dict(slot.changes) if slot else {}
     if slot:
         probe = Probe(teacher, prefixes, slot.positions)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from superego.converters.references import (
 )
 from superego.converters.shape import Shape, read_shape
 from superego.converters.slot import Slots
-from superego.converters.slot_cache import KeptSlot
+from superego.converters.slot_cache import KeptSlots
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
 from superego.converters.transformer import Base, probe_dtype
 from superego.converters.unfinished import Unfinished
@@ -120,7 +120,7 @@ class Opened:
     base: Base
     rate: float  # GFLOP/s
     sizes: Plan
-    slots: Slots = field(default_factory=dict)
+    slots: Slots
 
 
 def open_for_compile(
@@ -130,11 +130,13 @@ def open_for_compile(
     prompts: Prompts | None = None,
     rank: int = 160,
     memory: float | None = None,
+    use_cache: bool = True,
 ) -> Opened:
     """Open a base, with as many layers in memory as fit beside the work on these prompts.
 
     `memory` is the most that the process may have, in GB. Raises SuperegoError where the work
-    does not fit. Without prompts room is left for those of `standard`.
+    does not fit. Without prompts room is left for those of `standard`. `use_cache` decides
+    whether slots are read from the user's cache, and kept there.
     """
     dtype, rate = probe_dtype()
     rest = prompts.rest if prompts else [[0] * 40] * Settings.for_effort("standard").messages
@@ -147,7 +149,8 @@ def open_for_compile(
     for index in range(sizes.layers):
         base.layer(index)
         steps.update("reading the base", index + 1, sizes.layers)
-    return Opened(llm, base, rate, sizes)
+    slots = KeptSlots(model.fingerprint) if use_cache else Slots()
+    return Opened(llm, base, rate, sizes, slots)
 
 
 def is_slow(effort: str, threads: int | None = None) -> bool:
@@ -188,7 +191,7 @@ def compile_manifesto(
     llm = opened.llm if opened else load(model, threads=threads, vocab_only=True)
     prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
     rank = min(settings.rank, read_shape(model.header).d_model)
-    opened = opened or open_for_compile(model, llm, steps, prompts, rank, memory)
+    opened = opened or open_for_compile(model, llm, steps, prompts, rank, memory, use_cache)
     base, rate = opened.base, opened.rate
     seconds = {"load": time.perf_counter() - started}
 
@@ -224,10 +227,6 @@ def compile_manifesto(
         [prompts.prefixes.teacher, prompts.prefixes.student],
         [[c.prompt, c.reply] for c in seen],
     )
-    kept_slot = KeptSlot(base, model.fingerprint, prompts.prefixes, seen)
-    searched = tuple(prompts.prefixes.student) not in opened.slots and not (
-        use_cache and kept_slot.read_into(opened.slots)
-    )
     if unfinished.layers:
         steps.note(f"going on behind layer {unfinished.layers} of {base.shape.n_layer}")
     changes = solve(
@@ -240,8 +239,6 @@ def compile_manifesto(
         opened.slots,
         unfinished,
     )
-    if use_cache and searched:
-        kept_slot.keep(opened.slots)
     seconds["fit"] = time.perf_counter() - mark
 
     mark = time.perf_counter()

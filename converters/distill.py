@@ -129,7 +129,7 @@ class _Beginning:
     """What the training starts with."""
 
     student: Student
-    kl: float  # of the student, where it was fitted in this run
+    kl: float | None  # of the student on the unseen conversations, where it was measured
     origin: Origin | None = None  # that it was fitted to be, where it is not the file's
     kl_file: float | None = None  # of the file, where another fit was tried or is gone on with
     interrupted: bool = False
@@ -198,9 +198,11 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     settings = {**settings, **anew} if begun.origin else settings
     spent = time.perf_counter() - started
     outcome = None
-    tried = begun.kl_file is not None and saved is None  # another fit, in this run
     least = job.budget * (_LEAST_TRAINING if begun.origin else _LEAST_WITHOUT_GAIN)
-    if begun.interrupted or (tried and job.budget - spent < least):
+    # where another fit was tried in this run, little time may be left
+    if begun.kl is not None and (
+        begun.interrupted or (saved is None and job.budget - spent < least)
+    ):
         outcome = Outcome({}, measured.kl_base, begun.kl, begun.kl, 0, 0.0)
         outcome.interrupted = begun.interrupted
         if not begun.interrupted:
@@ -224,6 +226,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
             seed=options.seed,
             references=len(material.conversations),
             origin=begun.origin,
+            kl_start=begun.kl,
         )
 
         def told(spent: float, total: float, loss: float, recovered: float) -> None:
@@ -258,7 +261,7 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
     own = []
     if job.examples is not None:
         own = as_conversations(llm, model, *job.examples, prompts.prefixes.student)
-    opened = opened or open_for_compile(model, llm, job.steps, prompts)
+    opened = opened or open_for_compile(model, llm, job.steps, prompts, use_cache=options.use_cache)
     if not opened.base.resident:
         raise SuperegoError(
             f"{model.path}: training keeps all weights in memory, and they do not fit what is "
@@ -305,9 +308,9 @@ def _begin(
         student.add(options.rank, options.targets, options.seed)
     student.keep_slot()
     if origin:
-        return _Beginning(student, 0.0, origin, measured.of(Student(base, *changes)))
+        return _Beginning(student, None, origin, measured.of(Student(base, *changes)))
     if not job.fits_again or not refit.worth_it(len(material.seen), material.fitted):
-        return _Beginning(student, 0.0)
+        return _Beginning(student, None)
     before = measured.of(student)
     try:
         found = refit.fit_again(material.opened, material.prompts, material.seen, anew, job.steps)

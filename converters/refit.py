@@ -125,4 +125,4 @@ def fit_again(
         lambda done, total: steps.update("solving layers", done, total),
         opened.slots,
     )
-    return changes, opened.slots[tuple(prompts.prefixes.student)]
+    return changes, opened.slots.of(opened.base, [c.prompt for c in seen], prompts.prefixes)

@@ -73,7 +73,21 @@ class Slot:
         return torch.linalg.qr(self.directions.T)[0]
 
 
-Slots = dict[tuple[int, ...], Slot | None]  # of one base, by the student's prefix
+class Slots:
+    """The slots of one base, each looked for once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, ...], Slot | None] = {}  # by the student's prefix
+
+    def of(self, base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:
+        """The slot of this student's prefix; see `find_slot`."""
+        key = tuple(prefixes.student)
+        if key not in self._found:
+            self._found[key] = self._look(base, prompts, prefixes)
+        return self._found[key]
+
+    def _look(self, base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:
+        return find_slot(base, prompts, prefixes)
 
 
 class Probe:

@@ -19,36 +19,24 @@ import torch
 import superego
 from superego.atomic import replacing
 from superego.converters.slot import PROMPTS, Slot, Slots
-from superego.converters.streams import Change, Conversation, Prefixes
+from superego.converters.streams import Change, Changes, Prefixes
 from superego.converters.transformer import Base
 from superego.errors import SuperegoError
 
 
-class KeptSlot:
-    """The place of one slot: of a base, a template and the prompts that it is found from."""
+class KeptSlots(Slots):
+    """Slots that are in the user's cache, or are put there once they are found."""
 
-    def __init__(
-        self, base: Base, fingerprint: str, prefixes: Prefixes, seen: Sequence[Conversation]
-    ) -> None:
-        """What is in the key decides the slot to the bit."""
-        self._student = tuple(prefixes.student)
-        self._device = base.device
-        parts = [
-            superego.__version__,
-            torch.__version__,
-            fingerprint,
-            [str(base.dtype), base.device.type, torch.get_num_threads()],
-            [prefixes.student, prefixes.sample, prefixes.common],
-            [c.prompt for c in seen[:PROMPTS]],
-        ]
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
-        self.path = Path(platformdirs.user_cache_dir("superego")) / "slots" / f"{key}.pt"
+    def __init__(self, fingerprint: str) -> None:
+        """`fingerprint` is the base's."""
+        super().__init__()
+        self._fingerprint = fingerprint
 
-    def read_into(self, slots: Slots) -> bool:
-        """Put the kept slot, or that there is none, among `slots`; whether it was kept."""
+    def _look(self, base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:
+        path = slot_path(base, self._fingerprint, prompts, prefixes)
         try:
-            kept = torch.load(self.path, map_location=self._device, weights_only=True)
-            slots[self._student] = None if kept["slot"] is None else slot_of(kept["slot"])
+            kept = torch.load(path, map_location=base.device, weights_only=True)["slot"]
+            return None if kept is None else slot_of(kept)
         except (
             OSError,
             RuntimeError,
@@ -58,28 +46,50 @@ class KeptSlot:
             EOFError,
             pickle.UnpicklingError,
         ):
-            return False
-        return True
-
-    def keep(self, slots: Slots) -> None:
-        """Write what a fit has found."""
-        slot = slots[self._student]
+            pass
+        slot = super()._look(base, prompts, prefixes)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
                 torch.save({"slot": None if slot is None else plain(slot)}, temporary)
         except (OSError, RuntimeError, SuperegoError):
-            return
+            pass
+        return slot
+
+
+def slot_path(
+    base: Base, fingerprint: str, prompts: Sequence[list[int]], prefixes: Prefixes
+) -> Path:
+    """Where a slot is kept. What is in the key decides the slot to the bit."""
+    parts = [
+        superego.__version__,
+        torch.__version__,
+        fingerprint,
+        [str(base.dtype), base.device.type, torch.get_num_threads()],
+        [prefixes.student, prefixes.sample, prefixes.common],
+        prompts[:PROMPTS],
+    ]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+    return Path(platformdirs.user_cache_dir("superego")) / "slots" / f"{key}.pt"
 
 
 def plain(slot: Slot) -> tuple[Any, ...]:
     """A slot as numbers and tensors, as a file may hold it."""
-    marks = {place: (change.a, change.b) for place, change in slot.changes.items()}
+    marks = plain_changes(slot.changes)
     return slot.positions, slot.layer, slot.neurons, slot.directions, slot.keys, marks
 
 
 def slot_of(kept: tuple[Any, ...]) -> Slot:
     """The slot that `plain` took apart."""
     positions, layer, neurons, directions, keys, marks = kept
-    changes = {place: Change(*pair) for place, pair in marks.items()}
-    return Slot(positions, layer, neurons, directions, keys, changes)
+    return Slot(positions, layer, neurons, directions, keys, changes_of(marks))
+
+
+def plain_changes(changes: Changes) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    """Changes as tensors, A (r, in) and B (out, r)."""
+    return {place: (change.a, change.b) for place, change in changes.items()}
+
+
+def changes_of(kept: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]) -> Changes:
+    """The changes that `plain_changes` took apart."""
+    return {place: Change(*pair) for place, pair in kept.items()}

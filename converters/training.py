@@ -53,6 +53,7 @@ class Plan:
     seed: int = 0
     references: int = 0  # that were written for it; kept for a run that goes on
     origin: Origin | None = None  # that the student was made from, where it is no file's
+    kl_start: float | None = None  # of the student on the unseen conversations, where it is known
 
 
 @dataclass
@@ -178,6 +179,7 @@ class Unseen:
         self._pack = Pack(conversations, prefixes.student)
         self._wanted = predictions(base, Pack(conversations, prefixes.teacher))
         self.kl_base = self.kl(predictions(base, self._pack))
+        self.seconds = 0.0  # that a measure took, the last time
 
     def kl(self, streams: torch.Tensor) -> float:
         """KL to the teacher of a student's last streams, nats a token."""
@@ -185,7 +187,10 @@ class Unseen:
 
     def of(self, student: Student) -> float:
         """KL of a student as it is now."""
-        return self.kl(student.forward(self._pack))
+        started = time.perf_counter()
+        found = self.kl(student.forward(self._pack))
+        self.seconds = time.perf_counter() - started
+        return found
 
 
 def train(
@@ -206,9 +211,8 @@ def train(
     Ctrl-C ends the training early. The start counts as a candidate: never worse than it.
     """
     started = time.perf_counter()
-    kl_start = unseen.of(student)
-    measuring = time.perf_counter() - started  # seconds; the last measure takes as long
-    until = plan.seconds - measuring
+    kl_start = unseen.of(student) if plan.kl_start is None else plan.kl_start
+    until = plan.seconds - unseen.seconds  # the last measure takes as long as one before
     run = _Run(student, plan)
     outcome = Outcome({}, unseen.kl_base, kl_start, kl_start, 0, 0.0)
     best = student.state()
@@ -223,7 +227,7 @@ def train(
         outcome.curve.append((0.0, outcome.recovered_at_start))
     packs, anchors = lessons.packs(plan.rows), [lessons.returns(), lessons.neutral()]
     own = lessons.examples()
-    between = max(plan.seconds / _CHECKS, _APART * measuring)
+    between = max(plan.seconds / _CHECKS, _APART * unseen.seconds)
     loss, check = math.nan, before + between
 
     def spent() -> float:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from superego.converters import slot as slot_module
 from superego.converters.slot import Slot, Slots
-from superego.converters.slot_cache import KeptSlot
-from superego.converters.streams import Change, Conversation, Prefixes
+from superego.converters.slot_cache import KeptSlots, slot_path
+from superego.converters.streams import Change, Prefixes
 
 PREFIXES = Prefixes([1, 2, 3, 9], [1, 4, 9])
-SEEN = [Conversation([5, 6], [7]), Conversation([5], [8])]
+PROMPTS = [[5, 6], [5]]
 
 
 class Stub:
@@ -22,24 +23,32 @@ class Stub:
     device = torch.device("cpu")
 
 
-def kept(fingerprint: str = "f", seen: list[Conversation] = SEEN) -> KeptSlot:
-    base: Any = Stub()
-    return KeptSlot(base, fingerprint, PREFIXES, seen)
+BASE: Any = Stub()
 
 
 @pytest.fixture
-def slots() -> Slots:
-    change = Change(torch.randn(1, 6), torch.randn(6, 1))
-    keys = {2: torch.randn(3, 1, 4)}
-    return {(1, 4, 9): Slot((1,), 0, (5,), torch.randn(1, 6), keys, {(0, "ffn_gate"): change})}
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[Slot | None]:
+    """What the searches have found, one after another; the tests' next one finds a random slot."""
+    found: list[Slot | None] = []
+
+    def search(base: Any, prompts: Any, prefixes: Any) -> Slot:
+        change = Change(torch.randn(1, 6), torch.randn(6, 1))
+        keys = {2: torch.randn(3, 1, 4)}
+        found.append(Slot((1,), 0, (5,), torch.randn(1, 6), keys, {(0, "ffn_gate"): change}))
+        return found[-1]
+
+    monkeypatch.setattr(slot_module, "find_slot", search)
+    return found
 
 
-def test_what_was_found_is_read_again_bit_for_bit(slots: Slots) -> None:
-    assert not kept("new").read_into({})
-    kept("new").keep(slots)
-    again: Slots = {}
-    assert kept("new").read_into(again)
-    first, second = slots[1, 4, 9], again[1, 4, 9]
+def look(slots: Slots, prompts: list[list[int]] = PROMPTS) -> Slot | None:
+    return slots.of(BASE, prompts, PREFIXES)
+
+
+def test_what_was_found_is_read_again_bit_for_bit(searches: list[Slot | None]) -> None:
+    first = look(KeptSlots("new"))
+    second = look(KeptSlots("new"))
+    assert len(searches) == 1
     assert first is not None
     assert second is not None
     assert (first.positions, first.layer, first.neurons) == (
@@ -55,25 +64,35 @@ def test_what_was_found_is_read_again_bit_for_bit(slots: Slots) -> None:
     assert torch.equal(mine.b, theirs.b)
 
 
-def test_that_there_is_none_is_kept_too() -> None:
-    kept("none").keep({(1, 4, 9): None})
-    again: Slots = {}
-    assert kept("none").read_into(again)
-    assert again == {(1, 4, 9): None}
+def test_that_there_is_none_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+    monkeypatch.setattr(slot_module, "find_slot", lambda *_: searches.append(1))
+    assert look(KeptSlots("none")) is None
+    assert look(KeptSlots("none")) is None
+    assert len(searches) == 1
 
 
-def test_another_base_or_other_prompts_have_their_own(slots: Slots) -> None:
-    kept("one").keep(slots)
-    assert not kept("two").read_into({})
-    assert not kept("one", SEEN[:1]).read_into({})
+def test_another_base_or_other_prompts_have_their_own(searches: list[Slot | None]) -> None:
+    look(KeptSlots("one"))
+    look(KeptSlots("two"))
+    look(KeptSlots("one"), PROMPTS[:1])
+    assert len(searches) == 3
+
+
+def test_without_the_cache_it_is_looked_for_once_a_process(searches: list[Slot | None]) -> None:
+    slots = Slots()
+    assert look(slots) is look(slots)
+    assert len(searches) == 1
+    look(Slots())
+    assert len(searches) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"no such thing", b"PK\x03\x04" + bytes(50)])
-def test_a_damaged_file_is_no_slot(slots: Slots, content: bytes) -> None:
-    place = kept("damaged")
-    place.keep(slots)
-    place.path.write_bytes(content)
-    assert not place.read_into({})
-    whole = kept("damaged")
-    whole.keep(slots)
-    assert whole.read_into({})
+def test_a_damaged_file_is_no_slot(searches: list[Slot | None], content: bytes) -> None:
+    look(KeptSlots("damaged"))
+    before = len(searches)
+    slot_path(BASE, "damaged", PROMPTS, PREFIXES).write_bytes(content)
+    look(KeptSlots("damaged"))
+    assert len(searches) == before + 1
+    look(KeptSlots("damaged"))
+    assert len(searches) == before + 1, "the damaged file was replaced"
