@@ -1,7 +1,7 @@
 """The sessions bench: size, save and load against prefill; compaction; minds side by side.
 
 Prints Markdown. Held-out prompts, llama.cpp on the quantized file. `--adapters` is a folder
-with NAME-standard.gguf files, as benchmarks/personas.py leaves it.
+with NAME-standard.gguf files, as benchmarks/ways.py leaves it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ For each persona: bare base, system message, session, control vector, closed for
 efforts, distillation at the wall time of each and at ten minutes, and closed form + refine. Every
 adapter is made by the real command. Writes ways.json after each measurement and goes on from it,
 so that it can be run in parts: what it holds a report of is not made again, be its file there or
-not. Prints two Markdown tables and draws two plots (PNG and SVG).
+not. Prints Markdown tables and draws two plots (PNG and SVG).
 """
 
 from __future__ import annotations
@@ -244,6 +244,44 @@ def by_persona(results: Results) -> str:
     return head + "|---" * (len(found) + 1) + "|\n" + rows
 
 
+def details(results: Results) -> str:
+    """Every measure of the closed form's efforts, a row each, and their means."""
+    rows, means = "", ""
+    for name, persona in results["personas"].items():
+        for effort in EFFORTS:
+            if effort not in persona.get("reports", {}):
+                continue
+            r, made = persona["reports"][effort], persona["made"][effort]
+            k, seconds = r["kl_recovered"], made["report"]["seconds"]
+            rows += (
+                f"| {name} | {effort} | {k['value']:.3f} ({k['low']:.3f}–{k['high']:.3f}) "
+                f"| {r['top1_adapter']:.3f} ({r['top1_base']:.3f}) "
+                f"| {r['drift_adapter']:.3f} ({r['drift_system']:.3f}) | {r['specificity']:.2f} "
+                f"| {r['kl_with_system']:.3f} | {seconds['references']:.0f} / "
+                f"{seconds['fit']:.0f} / {made['seconds']:.0f} | {made['peak memory MB']} "
+                f"| {made['bytes'] / 1e6:.0f} |\n"
+            )
+    for effort in EFFORTS:
+        having = [
+            (p["reports"][effort]["kl_recovered"]["value"], p["made"][effort]["seconds"])
+            for p in results["personas"].values()
+            if effort in p.get("reports", {})
+        ]
+        if having:
+            values, times = zip(*having, strict=True)
+            means += (
+                f"{effort}: {len(values)} personas, mean KL recovered "
+                f"{statistics.mean(values):.3f}, lowest {min(values):.3f}; seconds "
+                f"{min(times):.0f} to {max(times):.0f}, median {statistics.median(times):.0f}\n"
+            )
+    head = (
+        "| persona | effort | KL recovered (95 %) | top-1 (bare) | drift (system) | specificity | "
+        "KL adapter + system | seconds: references / fit / whole | MB | adapter MB |\n"
+        "|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    return f"{head}{rows}\n{means}"
+
+
 def _mean(personas: list[dict[str, Any]], keys: Sequence[str]) -> float | None:
     """The mean of what lies under these keys, where it is there."""
     found = []
@@ -370,6 +408,7 @@ def main() -> None:
     print(f"{results['date']}, {results['machine']}\n")
     print(table(results))
     print(by_persona(results))
+    print(details(results))
     plots(results, out)
 
 

@@ -41,11 +41,13 @@ def blend(
     """
     check_writable(output)
     check_same_base([adapter for adapter, _ in parts])
-    check_marks([(str(adapter.path), slot_marks(adapter)) for adapter, _ in parts])
     stacked: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     slots = [slot_ranks(adapter) for adapter, _ in parts]
     files = [(adapter.path.resolve(), adapter.header.modified) for adapter, _ in parts]
     scales = net_scales(files, [scale for _, scale in parts])
+    # of a part that has no share of the slot, no other mark is in the way
+    with_share = [adapter for (adapter, _), scale in zip(parts, scales, strict=True) if scale > 0]
+    check_marks([(str(adapter.path), slot_marks(adapter)) for adapter in with_share])
     added = slot_scales(scales, [bool(slot) for slot in slots])
     for i, ((adapter, _), slot) in enumerate(zip(parts, slots, strict=True)):
         if not scales[i] and files.count(files[i]) > 1:
@@ -53,7 +55,9 @@ def blend(
         for name, (a, b) in read_pairs(adapter).items():
             ranks = slot.get(name, np.zeros(len(a), bool))
             factor = np.where(ranks, scales[i] + added[i], scales[i]).astype(np.float32)
-            stacked.setdefault(name, []).append((a, b * factor))
+            kept = factor != 0  # a neuron replaced by nothing would hide that there is a slot
+            if kept.any():
+                stacked.setdefault(name, []).append((a[kept], (b * factor)[:, kept]))
     if not stacked:
         raise SuperegoError(f"{parts[0][0].path}: its scales add up to 0; nothing would be left")
     pairs, lost, whole, worst = {}, 0.0, 0.0, 0.0

@@ -68,6 +68,9 @@ def test_a_blend_has_the_slot_of_its_parts(pirate: Path, tmp_path: Path) -> None
     assert (marks.matrix, marks.neurons) == (own.matrix, own.neurons)
     np.testing.assert_allclose(marks.directions, own.directions, atol=1e-3)
     assert all(r.sum() == 4 for r in slot_ranks(read_adapter(both)).values())
+    blend([(read_adapter(pirate), 1.0), (read_adapter(other), -0.5)], both)  # no share of it
+    assert all(r.sum() == 2 for r in slot_ranks(read_adapter(both)).values())
+    assert len(slot_ranks(read_adapter(both))) == len(slot_ranks(read_adapter(pirate)))
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,7 @@ def test_slots_of_other_versions_are_not_mixed(
     with pytest.raises(SuperegoError, match="slot"):
         blend(parts, tmp_path / "both.gguf")
     assert not (tmp_path / "both.gguf").exists()
+    blend([(read_adapter(pirate), 1.0), (read_adapter(other), -0.5)], tmp_path / "less.gguf")
     with Drift(llm, smollm2, parts) as drift:  # side by side they may be compared
         assert drift.of([1.0, 0.0]) > 0
     check_marks([("a", marks), ("b", None), ("c", marks)])
