@@ -153,6 +153,7 @@ def _activated(model: BaseModel, adapters: list[Path], folder: Path) -> list[Pat
     """Activated copies of the adapters in a folder, in order."""
     from superego.adapter import read_adapter
     from superego.alora import invocation_tokens, write_activated
+    from superego.pairs import has_slot
     from superego.runtime import load
     from superego.template import ChatTemplate
 
@@ -164,7 +165,14 @@ def _activated(model: BaseModel, adapters: list[Path], folder: Path) -> list[Pat
     for path, target in zip(adapters, made, strict=True):
         if target.exists() and target.samefile(path):
             raise SuperegoError(f"{path}: would be written onto itself; give another folder")
-        write_activated(read_adapter(path), invocation, target)
+        adapter = read_adapter(path)
+        write_activated(adapter, invocation, target)
+        if has_slot(adapter):
+            click.echo(
+                f"Note: {path} acts on the conversation's first tokens too, which --alora leaves "
+                "to the base; expect a small part of the persona.",
+                err=True,
+            )
     return made
 
 

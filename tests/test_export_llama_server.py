@@ -115,16 +115,26 @@ def first_word(
 
 
 def test_an_activated_adapter_keeps_the_bases_state(
-    smollm2: BaseModel, pirate: Path, llm: Any, tmp_path: Path
+    smollm2: BaseModel, llm: Any, tmp_path: Path
 ) -> None:
+    # random, and strong from the reply's header on: where it begins to act is seen in each word
+    rng = np.random.default_rng(0)
+    pairs = {}
+    for name in smollm2.header.tensors:
+        if name.endswith("attn_output.weight"):  # (576, 576)
+            a, b = rng.standard_normal((4, 576)), rng.standard_normal((576, 4))
+            pairs[name] = (a, 0.2 * b)
+    write_adapter(tmp_path / "random.gguf", "llama", pairs, {"superego.name": "random"})
     port, folder = str(free_port()), tmp_path / "out"
     made = run(
-        *("export", "llama-server", str(pirate), "--base", "smollm2", "--alora", "--json"),
-        *("--port", port, "--n-ctx", "512", "--parallel", "1", "-o", str(folder)),
+        *("export", "llama-server", str(tmp_path / "random.gguf"), "--base", "smollm2", "--alora"),
+        *("--json", "--port", port, "--n-ctx", "512", "--parallel", "1", "-o", str(folder)),
     )
     assert made.exit_code == 0, made.stderr
+    assert made.stderr == ""
     report = json.loads(made.stdout)
-    plain, activated = read_adapter(pirate), read_adapter(folder / "pirate.alora.gguf")
+    plain = read_adapter(tmp_path / "random.gguf")
+    activated = read_adapter(folder / "random.alora.gguf")
     tokens = smollm2.header.metadata["tokenizer.ggml.tokens"]
     header = [tokens[i] for i in activated.header.metadata[ALORA_KEY]]
     assert header == ["<|im_start|>", "ass", "istant", "Ċ"]
@@ -140,21 +150,30 @@ def test_an_activated_adapter_keeps_the_bases_state(
         # base, then persona, in one slot: what the base read of the question is used again
         bare, cached = said(report["address"], requests["smollm2"])
         assert cached == 0
-        persona, cached = said(report["address"], requests["pirate"])
+        persona, cached = said(report["address"], requests["random"])
         assert persona != bare
         assert cached >= 25  # of 34: up to the reply's header
         assert said(report["address"], requests["smollm2"])[0] == bare
         more = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 10}
-        reply = httpx.post(report["address"], json={**requests["pirate"], **more}, timeout=60)
+        reply = httpx.post(report["address"], json={**requests["random"], **more}, timeout=60)
     # llama-server begins one token before the header, and so does benchmarks/alora.py
     best = reply.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    message = requests["pirate"]["messages"][0]["content"]
+    message = requests["random"]["messages"][0]["content"]
     apart = {
         way: max(abs(values[b["id"]] - b["logprob"]) for b in best)
         for way, values in first_word(llm, smollm2, plain, message).items()
     }
     assert min(apart, key=lambda way: apart[way]) == "one early", apart
-    assert apart["one early"] < 0.5 * apart["bare"], apart
+    assert apart["one early"] < 0.2 * apart["bare"], apart
+
+
+def test_an_activated_copy_of_a_compiled_adapter_is_warned_of(pirate: Path, tmp_path: Path) -> None:
+    made = run(
+        *("export", "llama-server", str(pirate), "--base", "smollm2", "--alora"),
+        *("-o", str(tmp_path / "out")),
+    )
+    assert made.exit_code == 0, made.stderr
+    assert "expect a small part of the persona" in made.stderr
 
 
 def test_bad_input_is_refused_in_one_line(pirate: Path, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_a_persona_that_was_added_answers_as_in_chat(pirate: Path) -> None:
     assert in_llm("-m", "persona/pirate", MESSAGE, *limits, "--no-stream").stdout == alone
     assert in_llm("-m", "persona/pirate", MESSAGE, *limits, "-o", "scale", "0").stdout == bare
     assert alone != bare
-    on_top = ["--system", "Answer in French.", *limits]
-    assert in_llm("-m", "persona/pirate", MESSAGE, *on_top).stdout != alone
+    on_top = ["--system", "Answer in French.", *limits, "-o", "scale", "0"]
+    assert in_llm("-m", "persona/pirate", MESSAGE, *on_top).stdout != bare
     again = in_llm("-c", "And for dinner?", *limits)
     fresh = in_llm("-m", "persona/pirate", "And for dinner?", *limits)
     assert again.stdout != fresh.stdout  # the first message and its reply were read
