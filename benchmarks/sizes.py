@@ -29,8 +29,8 @@ from superego.base import BaseModel, open_base
 from superego.bundled import bundled
 from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.linear_algebra import EXTRA
+from superego.converters.products import probe_dtype
 from superego.converters.shape import read_shape
-from superego.converters.transformer import probe_dtype
 from superego.progress import Steps
 
 FIELDS = ("VmRSS", "RssAnon", "RssFile")

@@ -16,11 +16,11 @@ from gguf import GGMLQuantizationType, dequantize, quantize
 
 from superego.base import BaseModel
 from superego.converters.cells import match, queries
+from superego.converters.products import probe_dtype
 from superego.converters.references import BLOCKS, prepare, seeds, write_replies
 from superego.converters.streams import WRITES, Pack, Streams
 from superego.converters.transformer import (
     Base,
-    probe_dtype,
     rotate,
 )
 from superego.errors import SuperegoError

@@ -25,6 +25,7 @@ from superego.converters.device import free_memory
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
 from superego.converters.metadata import Metadata, described
+from superego.converters.products import probe_dtype
 from superego.converters.references import (
     BLOCKS,
     LONG_REPLY,
@@ -39,7 +40,7 @@ from superego.converters.shape import Shape, read_shape
 from superego.converters.slot import Slots
 from superego.converters.slot_cache import KeptSlots
 from superego.converters.streams import Changes, Pack, mean_kl, predictions
-from superego.converters.transformer import Base, probe_dtype
+from superego.converters.transformer import Base
 from superego.converters.unfinished import Unfinished
 from superego.errors import SuperegoError
 from superego.gguf_file import check_unchanged

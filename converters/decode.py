@@ -203,7 +203,7 @@ def _greedy(
         stream = base.embed(token)
         rotations = base.rotations(length + prefix_length)
         for index in range(base.shape.n_layer):
-            layer = base.layer(index, passing=True)
+            layer = base.layer_for(index, len(alive))
             hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
             query, key, value = project_qkv(base, layer, hidden, rotations[index])
             cache.keys[index][batch, :, length] = key

@@ -12,11 +12,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from superego.converters.products import linear
 from superego.converters.shape import Shape
 from superego.converters.transformer import Base, Rotation, Rows, capped, rotate
 
 _HEAD_ROWS = 256  # rows multiplied with the vocabulary at once
 _CACHED_ROWS = 16  # of these, whose logits stay in the processor's cache
+
+
+class Product(torch.autograd.Function):
+    """Rows (n, in) with a matrix (out, in) that is not in training -> (n, out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.weight = weight
+        return linear(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad @ ctx.weight, None, None
 
 
 class Norm(torch.autograd.Function):
@@ -182,7 +198,7 @@ class Divergence(torch.autograd.Function):
             part = slice(start, start + _HEAD_ROWS)
             rows = student[part]
             scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + base.shape.rms_eps)
-            logits = F.linear((rows * scale * base.output_norm).to(base.dtype), base.output)
+            logits = linear((rows * scale * base.output_norm).to(base.dtype), base.output)
             if base.output_bias is not None:
                 logits = logits + base.output_bias
             texts = teacher.dim() == 1

@@ -109,5 +109,6 @@ def renew(
         )
         for i, rest in zip(todo, written, strict=True):
             replies[i] = replies[i] + rest
+        base.let_go_of_light()
     progress(total, total)
     return [Conversation(p, r) for p, r in zip(wanted, replies, strict=True)], len(kept)

@@ -16,6 +16,7 @@ from superego.base import BaseModel
 from superego.converters.closed_form import GRAM_ROWS, LARGE
 from superego.converters.decode import ROOM, batches, cell_bytes
 from superego.converters.linear_algebra import EXTRA
+from superego.converters.products import has_light
 from superego.converters.references import blocks_of, reply_limits
 from superego.converters.shape import Shape, read_shape
 from superego.converters.transformer import GATED, TABLE_PART, WHOLE_TABLE
@@ -46,8 +47,21 @@ class Plan:
 
 def layer_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """One layer's matrices in the compute type."""
-    attention = shape.d_model * shape.head_dim * 2 * (shape.n_head + shape.n_head_kv)
-    return dtype.itemsize * (attention + 3 * shape.d_model * shape.d_ff * max(1, shape.n_expert))
+    experts = max(1, shape.n_expert)
+    return dtype.itemsize * (_attention(shape) + 3 * shape.d_model * shape.d_ff * experts)
+
+
+def light_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """One layer's light matrices, which lie beside it while replies are written."""
+    if not has_light(dtype, torch.get_default_device()):
+        return 0
+    feed_forward = 0 if shape.n_expert else 3 * shape.d_model * shape.d_ff
+    return torch.float16.itemsize * (_attention(shape) + feed_forward)
+
+
+def _attention(shape: Shape) -> int:
+    """Weights of a layer's attention."""
+    return shape.d_model * shape.head_dim * 2 * (shape.n_head + shape.n_head_kv)
 
 
 def plan_memory(
@@ -76,6 +90,7 @@ def plan_memory(
     table = shape.n_vocab * shape.d_model * width
     part = table if table <= WHOLE_TABLE * width else TABLE_PART * width
     everything = shape.n_layer * layer + n_tables * table
+    light = light_bytes(shape, dtype)
     limits = reply_limits(len(prompts))
     rows = sum(map(len, prompts)) + sum(limits)
     fit = own + _fitting(shape, width, rows, prefix, rank)
@@ -97,13 +112,14 @@ def plan_memory(
             )
             + ", or take a smaller base, rank or effort"
         )
-    if max(write, fit) + everything <= budget:
-        return Plan(budget, write + everything, fit + everything, shape.n_layer, True, room, parts)
+    whole = write + everything + shape.n_layer * light
+    if max(whole, fit + everything) <= budget:
+        return Plan(budget, whole, fit + everything, shape.n_layer, True, room, parts)
     spare = budget - write - layer
     tables = spare >= n_tables * table
     spare -= n_tables * table if tables else part
-    layers = max(0, min(spare // layer, shape.n_layer))
-    kept = layers * layer + (n_tables * table if tables else part)
+    layers = max(0, min(spare // (layer + light), shape.n_layer))
+    kept = layers * (layer + light) + (n_tables * table if tables else part)
     return Plan(budget, write + layer + kept, fit + layer, layers, tables, room, parts)
 
 

@@ -188,6 +188,7 @@ def write_replies(
         done += sum(reply_limits(len(block)))
         progress(done, total)
         conversations += [Conversation(p, r) for p, r in zip(block, replies, strict=True)]
+    base.let_go_of_light()
     return conversations, cached
 
 

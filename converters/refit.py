@@ -16,10 +16,11 @@ from superego.base import BaseModel
 from superego.converters.checkpoint import Origin
 from superego.converters.closed_form import solve
 from superego.converters.compile import Opened, Settings, fit_seconds, writing_seconds
+from superego.converters.products import probe_dtype
 from superego.converters.references import BLOCKS, Prompts, write_replies
 from superego.converters.shape import read_shape
 from superego.converters.streams import Conversation
-from superego.converters.transformer import Base, probe_dtype
+from superego.converters.transformer import Base
 from superego.progress import Steps
 
 if TYPE_CHECKING:

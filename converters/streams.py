@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from superego.converters.products import linear
 from superego.converters.transformer import (
     Base,
     KeyValue,
@@ -179,7 +179,7 @@ class Streams:
         """Write a low-rank change of the matrix last added, applied to the same inputs."""
         a, b = change.a.to(self.base.dtype), change.b.to(self.base.dtype)
         for i, stream in enumerate((self.rows, self.prefix)):
-            added = F.linear(F.linear(inputs[i], a), b)
+            added = linear(linear(inputs[i], a), b)
             if self._last is None:
                 stream += added if self._scale == 1 else added.float() * self._scale
                 continue

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from superego.converters.gradients import Attention, Norm, Rotate, SwiGLU
+from superego.converters.gradients import Attention, Norm, Product, Rotate, SwiGLU
 from superego.converters.slot import Slot
 from superego.converters.streams import WRITES, Change, Changes, Pack, changed_layer
 from superego.converters.transformer import (
@@ -115,7 +115,7 @@ class Student:
         turned = shape.n_head + shape.n_head_kv
         for index, layer in enumerate(self._layers):
             hidden = Norm.apply(stream, layer.attn_norm, shape.rms_eps, base.dtype)
-            qkv = F.linear(hidden, layer.qkv, layer.qkv_bias)
+            qkv = Product.apply(hidden, layer.qkv, layer.qkv_bias)
             qkv = self._add(qkv, hidden, index, ("attn_q", "attn_k", "attn_v"), widths)
             heads = qkv.view(len(stream), -1, shape.head_dim)
             both, value = heads[:, :turned], heads[:, turned:]
@@ -133,7 +133,7 @@ class Student:
             attended = self._attend(layer, query, key, value, pack, n)
             stream = stream + self._write(layer.attn_output, attended, index, "attn_output")
             hidden = Norm.apply(stream, layer.ffn_norm, shape.rms_eps, base.dtype)
-            gate_up = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
+            gate_up = Product.apply(hidden, layer.gate_up, layer.gate_up_bias)
             gate_up = self._add(gate_up, hidden, index, ("ffn_gate", "ffn_up"), [shape.d_ff] * 2)
             if shape.gelu:
                 gate, up = gate_up.chunk(2, -1)
@@ -196,7 +196,7 @@ class Student:
     def _write(self, write: Write, inputs: torch.Tensor, index: int, matrix: str) -> torch.Tensor:
         """What a matrix and its change write to the stream, float32."""
         assert write.weight is not None  # no experts
-        product = F.linear(inputs, write.weight, write.bias)
+        product = Product.apply(inputs, write.weight, write.bias)
         added = self._low(index, matrix, inputs)
         if added is not None:
             product = product + added

@@ -6,14 +6,14 @@ weights out. Does not know about manifestos, references or adapters.
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from superego.converters.products import FEW, Light, has_light, linear, to_light_
 from superego.converters.shape import Shape, read_shape
 from superego.converters.weights import Weights
 from superego.errors import SuperegoError
@@ -31,9 +31,7 @@ _MATRICES = (
 )
 WHOLE_TABLE, TABLE_PART = 1 << 27, 1 << 26  # weights of an output matrix multiplied at once
 GATED = 1 << 25  # products of gate and up that lie in memory at once
-_PROBED = 0.2  # seconds of products of each type, about
 _NORMED = 1 << 20  # values normed at once, in a cache
-_FEW = 64  # rows that MKL multiplies faster in float32 when they are the right factor
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)
 
@@ -47,10 +45,13 @@ class Write:
     norm: torch.Tensor | None = None  # (d_model,), of an RMS norm behind the matrix
     eps: float = 0.0  # of that norm
     scale: float = 1.0
+    light: Light | None = None  # the matrix, where only few rows come
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, in) -> (n, d_model), before norm and scale."""
-        return inputs if self.weight is None else F.linear(inputs, self.weight, self.bias)
+        if self.light is not None:
+            return self.light.linear(inputs, self.bias)
+        return inputs if self.weight is None else linear(inputs, self.weight, self.bias)
 
     def finish(self, product: torch.Tensor) -> torch.Tensor:
         """What a product adds to the stream."""
@@ -79,6 +80,42 @@ class Layer:
     ffn_down: Write  # (d_model, d_ff)
     router: torch.Tensor | None = None  # (n_expert, d_model)
     down_experts: torch.Tensor | None = None  # (n_expert, d_model, d_ff)
+    light_qkv: Light | None = None  # matrices where only few rows come
+    light_gate_up: Light | None = None
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, d_model), normed -> queries, keys and values, (n, rows of `qkv`)."""
+        if self.light_qkv is not None:
+            return self.light_qkv.linear(hidden, self.qkv_bias)
+        return linear(hidden, self.qkv, self.qkv_bias)
+
+    def gate_and_up(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, d_model), normed -> products of gate and up, (n, 2 d_ff)."""
+        if self.light_gate_up is not None:
+            return self.light_gate_up.linear(hidden, self.gate_up_bias)
+        return linear(hidden, self.gate_up, self.gate_up_bias)
+
+    def lightened(self) -> Layer:
+        """The same with light matrices, for few rows."""
+
+        def light(write: Write) -> Write:
+            return write if write.weight is None else replace(write, light=Light(write.weight))
+
+        return replace(
+            self,
+            light_qkv=Light(self.qkv),
+            attn_output=light(self.attn_output),
+            light_gate_up=Light(self.gate_up) if self.down_experts is None else None,
+            ffn_down=light(self.ffn_down),
+        )
+
+    def to_light_(self) -> None:
+        """Round the matrices in place to what light ones have."""
+        writes = [self.attn_output.weight, self.ffn_down.weight]
+        gate_up = self.gate_up if self.down_experts is None else None
+        for weight in (self.qkv, gate_up, *writes):
+            if weight is not None:
+                to_light_(weight)
 
 
 class Base:
@@ -95,6 +132,7 @@ class Base:
         self.shape = read_shape(header)
         self.weights = Weights(header, dtype)
         self._layers: dict[int, Layer] = {}
+        self._light: dict[int, Layer] = {}  # of layers that are kept, for few rows
         self._passing: dict[str, torch.Tensor] = {}  # buffers of layers that are not kept
         self._tables: dict[str, torch.Tensor] = {}
         self._tied = "output.weight" not in self.weights
@@ -251,6 +289,29 @@ class Base:
             self.weights.announce(start + name + ".weight" for name in _MATRICES)
         return layer
 
+    def layer_for(self, index: int, rows: int) -> Layer:
+        """As a passing `layer`, for so many rows: with light matrices where these are quicker.
+
+        Until `let_go_of_light` they lie in memory beside the layers that are kept.
+        """
+        if rows > FEW or not has_light(self.dtype, self.device):
+            return self.layer(index, passing=True)
+        if not self._light and self._layers:  # each is packed by one thread
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                packed = pool.map(Layer.lightened, self._layers.values())
+                self._light = dict(zip(self._layers, packed, strict=True))
+        if index in self._light:
+            return self._light[index]
+        layer = self.layer(index, passing=True)
+        if index in self._layers:
+            return layer.lightened()
+        layer.to_light_()  # packing it for one product would take longer
+        return layer
+
+    def let_go_of_light(self) -> None:
+        """Free the light matrices; they are made again when they are asked for."""
+        self._light.clear()
+
     def _read_layer(self, index: int, passing: bool) -> Layer:
         shape, prefix = self.shape, f"blk.{index}."
         heads = {"attn_q": shape.n_head, "attn_k": shape.n_head_kv, "attn_v": shape.n_head_kv}
@@ -341,10 +402,7 @@ class Base:
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """(n, d_model) residual stream -> (n, n_vocab) logits in the compute type."""
         hidden = rms_norm(stream, self.output_norm, self.shape.rms_eps, self.dtype)
-        if len(hidden) <= _FEW and hidden.dtype == torch.float32:
-            parts = [(rows @ hidden.T).T for rows in self._output_parts()]
-        else:
-            parts = [F.linear(hidden, rows) for rows in self._output_parts()]
+        parts = [linear(hidden, rows) for rows in self._output_parts()]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.output_bias is not None:
             logits = logits + self.output_bias
@@ -368,34 +426,6 @@ def halves_to_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """The inverse of `pairs_to_halves`."""
     n, width = rows.shape
     return rows.view(n // head_dim, 2, head_dim // 2, width).transpose(1, 2).reshape(n, width)
-
-
-def probe_dtype() -> tuple[torch.dtype, float]:
-    """The faster of bfloat16 and float32 for this machine's matmuls, and its GFLOP/s.
-
-    Measured once a process for each device and number of threads.
-    """
-    return _probed(torch.get_default_device(), torch.get_num_threads())
-
-
-@functools.cache
-def _probed(device: torch.device, threads: int) -> tuple[torch.dtype, float]:
-    best, best_rate = torch.float32, 0.0
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-        F.linear(a, b)
-        seconds: list[float] = []
-        while len(seconds) < 5 or (len(seconds) < 20 and sum(seconds) < _PROBED):
-            start = time.perf_counter()
-            found = F.linear(a, b)
-            if device.type != "cpu":  # it is only asked for yet: wait until it is there
-                found[0, 0].item()
-            seconds.append(time.perf_counter() - start)
-        # the quick quarter: other programs slow a product down, nothing speeds one up
-        rate = 2 * 1024 * 576 * 1536 / sorted(seconds)[len(seconds) // 4] / 1e9
-        if rate > best_rate * 1.2:  # bfloat16 must win clearly: it costs precision
-            best, best_rate = dtype, rate
-    return best, best_rate
 
 
 def rms_norm(
@@ -469,7 +499,7 @@ def project_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(n, d_model) -> Q (n, n_head, head_dim), K and V (n, n_head_kv, head_dim), rotated."""
     shape = base.shape
-    projected = F.linear(hidden, layer.qkv, layer.qkv_bias)
+    projected = layer.project(hidden)
     heads = projected.view(hidden.shape[0], -1, shape.head_dim)
     query, key, value = heads.split([shape.n_head, shape.n_head_kv, shape.n_head_kv], dim=1)
     if layer.q_norm is not None and layer.k_norm is not None:
@@ -546,7 +576,7 @@ def feed_forward(base: Base, layer: Layer, stream: torch.Tensor) -> torch.Tensor
 
     def inner(rows: torch.Tensor) -> torch.Tensor:
         hidden = rms_norm(rows, layer.ffn_norm, eps, base.dtype)
-        return gated(base, F.linear(hidden, layer.gate_up, layer.gate_up_bias))
+        return gated(base, layer.gate_and_up(hidden))
 
     step = max(1, GATED // len(layer.gate_up))
     if len(stream) <= step:
@@ -572,6 +602,6 @@ def _experts(
     out = torch.zeros(hidden.shape)
     for expert in chosen.unique().tolist():
         row, place = (chosen == expert).nonzero(as_tuple=True)
-        inner = gated(base, F.linear(hidden[row], layer.gate_up[expert]))
-        out[row] += F.linear(inner, down[expert]) * shares[row, place, None]
+        inner = gated(base, linear(hidden[row], layer.gate_up[expert]))
+        out[row] += linear(inner, down[expert]) * shares[row, place, None]
     return out
