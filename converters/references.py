@@ -23,6 +23,7 @@ import superego
 from superego.atomic import replacing
 from superego.base import BaseModel
 from superego.converters.decode import ROOM, batches, cell_bytes, greedy, prefill
+from superego.converters.products import has_light
 from superego.converters.streams import Conversation, Prefixes
 from superego.converters.transformer import Base
 from superego.dialogue import encode
@@ -203,7 +204,7 @@ def _key(
         superego.__version__,
         torch.__version__,
         fingerprint,
-        str(base.dtype),
+        [str(base.dtype), has_light(base.dtype, base.device)],
         [LONG_REPLY, SHORT_REPLY],
         prefixes.teacher,
         block,
