@@ -271,13 +271,17 @@ def mean_kl(base: Base, pack: Pack, teacher: torch.Tensor, student: torch.Tensor
 
     teacher, student: last streams at the rows that predict replies, (n, d_model) each.
     """
-    total = 0.0
+    return float((token_kl(base, teacher, student) * pack.reply_weight).sum())
+
+
+def token_kl(base: Base, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """KL(teacher‖student) in nats at each row, (n,), of last streams (n, d_model) each."""
+    found = []
     n_vocab = base.shape.n_vocab
     chunk = 1024 if 1024 * n_vocab <= _LOGITS else _LOGITS // 4 // n_vocab  # several copies each
     for start in range(0, len(teacher), chunk):
         part = slice(start, start + chunk)
         log_p = base.logits(teacher[part]).float().log_softmax(-1)
         log_q = base.logits(student[part]).float().log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-        total += float((divergence * pack.reply_weight[part]).sum())
-    return total
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(found)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused, run, tiny_model
@@ -22,8 +23,10 @@ from superego.converters.adapter_changes import changes_of
 from superego.converters.compile import Settings, compile_manifesto, open_for_compile
 from superego.converters.decode import greedy
 from superego.converters.distill import Options, distill, refine
-from superego.converters.streams import Conversation, Pack, predictions
+from superego.converters.streams import Conversation, Pack, Prefixes, predictions
 from superego.converters.student import Student
+from superego.converters.training import Unseen
+from superego.converters.transformer import Base
 from superego.exchanges import kept_references
 from superego.pairs import has_slot
 from superego.progress import Steps
@@ -364,3 +367,18 @@ def test_ctrl_c_in_the_fit_leaves_the_start(
     report = refine(read_adapter(closed), tiny, out, Options(0.4))
     assert report["interrupted"]
     assert out.read_bytes() == closed.read_bytes()
+
+
+def test_replies_that_recite_the_manifesto_are_not_measured_on(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_grad_enabled(False)
+    base = Base(tiny.header, torch.float32, resident=True)
+    prefixes = Prefixes([5, 6, 7, 8, 9], [5, 6, 9])
+    talks = [Conversation([i, i + 1], [i + 2, i + 3, i + 4][: 1 + i % 3]) for i in range(10, 15)]
+    alone = [Unseen(base, [talk], prefixes).kl_base for talk in talks]
+    assert Unseen(base, talks, prefixes).kl_base == pytest.approx(np.mean(alone), rel=1e-4)
+    monkeypatch.setattr("superego.converters.training._RECITED", 1.0)  # half of any are far off
+    measured = Unseen(base, talks, prefixes)
+    assert measured.kl_base == pytest.approx(np.mean(sorted(alone)[:3]), rel=1e-4)
+    assert measured.of(Student(base, {}, None)) == pytest.approx(measured.kl_base, rel=1e-4)
