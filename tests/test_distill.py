@@ -377,8 +377,10 @@ def test_replies_that_recite_the_manifesto_are_not_measured_on(
     prefixes = Prefixes([5, 6, 7, 8, 9], [5, 6, 9])
     talks = [Conversation([i, i + 1], [i + 2, i + 3, i + 4][: 1 + i % 3]) for i in range(10, 15)]
     alone = [Unseen(base, [talk], prefixes).kl_base for talk in talks]
+    far = "superego.converters.training._RECITED"
+    monkeypatch.setattr(far, 1e9)
     assert Unseen(base, talks, prefixes).kl_base == pytest.approx(np.mean(alone), rel=1e-4)
-    monkeypatch.setattr("superego.converters.training._RECITED", 1.0)  # half of any are far off
+    monkeypatch.setattr(far, 1.0)  # half of any are far off
     measured = Unseen(base, talks, prefixes)
     assert measured.kl_base == pytest.approx(np.mean(sorted(alone)[:3]), rel=1e-4)
     assert measured.of(Student(base, {}, None)) == pytest.approx(measured.kl_base, rel=1e-4)
