@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import platform
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,12 @@ def linear(
     """As torch.nn.functional.linear: rows (…, in), weight (out, in) -> (…, out)."""
     direct = rows.dtype == torch.float32 and rows.device.type == "cpu" and _has_onednn()
     if direct and not torch.is_grad_enabled():  # it knows no gradients
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return _by_onednn(rows, weight, bias)
     return F.linear(rows, weight, bias)
+
+
+def _by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 class Light:
@@ -53,22 +58,20 @@ def to_light_(weight: torch.Tensor) -> None:
 
 @functools.cache
 def _has_onednn() -> bool:
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    rows, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
-    try:
-        found = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    except (AttributeError, RuntimeError):  # another torch
-        return False
-    return bool((found == 4).all())
+    return _works(_by_onednn)
 
 
 @functools.cache
 def _has_fbgemm() -> bool:
+    return _works(lambda rows, weight, bias: Light(weight).linear(rows, bias))
+
+
+def _works(product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a library's product is there on this processor, and right."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
-        found = Light(torch.ones(4, 3)).linear(torch.ones(2, 3), torch.ones(4))
+        found = product(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4))
     except (AttributeError, RuntimeError):  # a torch or a processor without it
         return False
     return bool((found == 4).all())

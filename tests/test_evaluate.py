@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 from conftest import refused, run
 
-from superego.adapter import read_adapter
-from superego.base import BaseModel
-from superego.evaluate import Drift, kl, log_softmax, recovered
-from superego.runtime import load
+from superego.evaluate import kl, log_softmax, recovered
 
 
 def test_kl_is_zero_for_equals_and_right_for_a_coin() -> None:
@@ -32,25 +29,25 @@ def test_recovered_is_a_ratio_of_means_inside_its_interval() -> None:
     assert part.low < part.value < part.high
 
 
-def test_the_measures_of_a_real_adapter(pirate: Path, smollm2: BaseModel, tmp_path: Path) -> None:
+def test_the_measures_of_a_real_adapter(pirate: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(
         "\n".join(f"Tell me about {x}." for x in ["tea", "rain", "owls", "iron", "Peru"])
     )
     measure = ("--base", "smollm2", "--prompts", str(prompts), "--max-tokens", "16", "--json")
-    off = f"{pirate}:0"
-    report = json.loads(run("evaluate", str(pirate), *measure, "--against", off).stdout)
+    report = json.loads(run("evaluate", str(pirate), *measure).stdout)
     assert report["prompts"] == 5
     assert 0.5 < report["kl_recovered"]["value"] < 1
     assert report["top1_adapter"] > report["top1_base"]
     assert report["prompt_tokens_saved"] > 100
     assert report["drift_adapter"] > 0
     assert report["kl_with_system"] > 0
-    # at scale 0 nothing is recovered and nothing drifts
-    own = report["kl_recovered"]["value"]
-    assert report["specificity"] == pytest.approx(own, abs=1e-6)
-    with Drift(load(smollm2), smollm2, [(read_adapter(pirate), 0.0)]) as drift:
-        assert drift.of([0.0]) == pytest.approx(0, abs=1e-6)
+    assert report["specificity"] is None
+    off = run("evaluate", f"{pirate}:0", *measure, "--against", str(pirate))
+    nothing = json.loads(off.stdout)
+    assert abs(nothing["kl_recovered"]["value"]) < 1e-6
+    assert nothing["drift_adapter"] == pytest.approx(0, abs=1e-6)
+    assert nothing["specificity"] == pytest.approx(-report["kl_recovered"]["value"], abs=1e-6)
 
 
 def test_inspect_shows_what_is_in_it_and_whether_it_fits(pirate: Path, tmp_path: Path) -> None:

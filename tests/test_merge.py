@@ -289,7 +289,7 @@ def test_on_the_real_model_a_merge_keeps_what_the_adapter_recovers(
     assert abs(out.stat().st_size - smollm2.header.size) < 10_000
     students = [(adapter, 1.0), open_base(str(out)), open_base(str(nearest))]
     own, kept, plain = evaluate_merged(
-        smollm2, adapter.own["manifesto"], students, bundled("heldout")[:10], 24
+        smollm2, adapter.own["manifesto"], students, bundled("heldout")[:16], 32
     )
     assert own.kl_recovered.value > 0.7
     assert kept.kl_recovered.value > own.kl_recovered.value - 0.08
