@@ -24,6 +24,7 @@ from superego.converters.streams import (
     Streams,
     behind,
     changed_layer,
+    token_kl,
 )
 from superego.converters.transformer import Base
 from superego.converters.unfinished import Unfinished
@@ -40,6 +41,32 @@ _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median n
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
 
+class Unseen:
+    """Conversations that a fit does not see, and how far their replies are from the teacher's."""
+
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        self.conversations = conversations
+
+    def walked(self, teacher: Streams, bare: Streams, student: Streams) -> None:
+        """These streams are behind the last layer; `bare`, the base's own, has unseen rows alone.
+
+        The others have them behind the rows that were fitted to.
+        """
+        self._base, self._weight = bare.base, bare.pack.reply_weight
+        self._ends = [
+            each.rows[-bare.pack.rows.total :][bare.pack.predicts]
+            for each in (teacher, bare, student)
+        ]
+
+    def kl(self) -> tuple[float, float]:
+        """KL(teacher‖bare base) and KL(teacher‖with the changes), as `streams.mean_kl`."""
+        target, *students = self._ends
+        bare, changed = (
+            float((each * self._weight).sum()) for each in token_kl(self._base, target, *students)
+        )
+        return bare, changed
+
+
 def solve(
     base: Base,
     conversations: Sequence[Conversation],
@@ -49,6 +76,7 @@ def solve(
     progress: Callable[[int, int], None] = lambda done, total: None,
     slots: Slots | None = None,
     unfinished: Unfinished | None = None,
+    unseen: Unseen | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 
@@ -61,11 +89,16 @@ def solve(
     values are first made to stand for the manifesto's (slot.py), and the fit mends the rest.
     `slots` has those of earlier fits on this base: without it every fit looks for its own.
     `unfinished` holds the layers that an interrupted fit has solved, and is given those that this
-    one solves.
+    one solves. `unseen` conversations are walked with the others and not fitted to; they are given
+    the streams that the walk ends with.
     """
-    teacher = Streams(base, Pack(conversations, prefixes.teacher))
-    student = Streams(base, Pack(conversations, prefixes.student))
-    bare = Streams(base, Pack(conversations[:1], prefixes.student))  # for its prefix alone
+    aside = unseen.conversations if unseen else ()
+    teacher = Streams(base, Pack(conversations, prefixes.teacher, aside))
+    student = Streams(base, Pack(conversations, prefixes.student, aside))
+    # with the slot alone; for its prefix
+    bare = Streams(base, Pack(conversations[:1], prefixes.student))
+    untouched = Streams(base, Pack(aside, prefixes.student)) if aside else None
+    n = student.pack.fitted_rows  # what is behind them is not fitted to
     own = len(prefixes.student) - prefixes.common  # prefix rows without a twin: kept as they are
     weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
     slot = (slots or Slots()).of(base, [c.prompt for c in conversations], prefixes)
@@ -98,6 +131,8 @@ def solve(
         for write in WRITES:
             matrix = getattr(layer, write)
             teacher.add(teacher.inputs(layer, write), matrix)
+            if untouched:
+                untouched.add(untouched.inputs(layer, write), matrix)
             own_inputs = bare.inputs(changed, write)
             bare.add(own_inputs, matrix)
             inputs = student.inputs(changed, write)
@@ -112,7 +147,7 @@ def solve(
                 student.add_change(inputs, change)
                 changes[index, write] = _both(mark, change) if mark else change
                 continue
-            rows, prefix = inputs
+            rows, prefix = inputs[0][:n], inputs[1]
             mark = changes.get((index, write))
             if slot and mark:
                 bare.add_change(own_inputs, mark)
@@ -130,7 +165,7 @@ def solve(
                     - student.prefix[own:],
                 ]
             )
-            reachable, lacking = student.reachable(teacher.rows - student.rows, lacking)
+            reachable, lacking = student.reachable(teacher.rows[:n] - student.rows[:n], lacking)
             wanted = [reachable, lacking * scale]
             del reachable
             if slot:  # noise in a mark's direction would be read as the mark
@@ -155,9 +190,11 @@ def solve(
         del layer, changed, matrix
         if unfinished and index >= done:
             found = {key: (each.a.cpu(), each.b.cpu()) for key, each in solved.items()}
-            aside = {"generator": probe.generator.get_state()} if slot else {}
-            unfinished.add(index, found, aside)
+            state = {"generator": probe.generator.get_state()} if slot else {}
+            unfinished.add(index, found, state)
         progress(index + 1, base.shape.n_layer)
+    if unseen and untouched:
+        unseen.walked(teacher, untouched, student)
     return changes
 
 
@@ -183,12 +220,14 @@ def fit(
     eigenvectors of ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As
     ΔW (XᵀX + Λ) = RᵀX, that product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
+    if sum(map(len, inputs)) < inputs[0].shape[1]:
+        return _dual(inputs, lacking, rank, ridge)
     out = lacking[0].shape[1]
     large = out >= LARGE and out > 2 * rank
     rows = 2 * GRAM_ROWS // inputs[0].element_size() if large else _GRAM_CHUNK
     gram, cross = _moments(inputs, lacking, rows)
     diagonal = gram.diagonal()
-    penalty = ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
+    penalty = _penalty(diagonal, ridge)
     diagonal += penalty
     if large:
         return _large(gram, cross, penalty, rank)
@@ -197,6 +236,37 @@ def fit(
     _, vectors = torch.linalg.eigh((seen + seen.T) / 2)
     b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
     return Change((b.T @ delta).contiguous(), b.contiguous())
+
+
+def _penalty(diagonal: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Λ's diagonal (in,), from that of XᵀX."""
+    return ridge * diagonal + 1e-6 * diagonal.mean() + 1e-12
+
+
+def _dual(
+    inputs: Sequence[torch.Tensor], lacking: Sequence[torch.Tensor], rank: int, ridge: float
+) -> Change:
+    """The change of `fit` where rows are fewer than inputs: solved by rows, all in float32.
+
+    With Y = X Λ^-½ and α = (Y Yᵀ + I)⁻¹ R it is ΔW = αᵀ Y Λ^-½ (kernel ridge regression), and
+    what it gives the rows is X ΔWᵀ = R − α, whose leading directions of the outputs are kept.
+    """
+    x = torch.cat([part.float() for part in inputs])
+    wanted = torch.cat([part.float() for part in lacking])
+    scale = _penalty(x.square().sum(0), ridge).rsqrt()
+    x *= scale
+    kernel = x @ x.T
+    kernel.diagonal().add_(1)
+    alpha = _solved(kernel, wanted)  # (n, out)
+    given = wanted - alpha
+    n, out = given.shape
+    if rank <= n < out:  # the same directions, from the smaller square
+        _, vectors = torch.linalg.eigh(given @ given.T)
+        b, _ = torch.linalg.qr(given.T @ vectors[:, -rank:])
+    else:
+        _, vectors = torch.linalg.eigh(given.T @ given)
+        b = vectors[:, -min(rank, out) :]  # (out, rank), strongest last
+    return Change(((alpha @ b).T @ x * scale).contiguous(), b.contiguous())
 
 
 def _moments(

@@ -20,7 +20,7 @@ import superego
 from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
-from superego.converters.closed_form import solve
+from superego.converters.closed_form import Unseen, solve
 from superego.converters.device import free_memory
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
@@ -39,7 +39,7 @@ from superego.converters.references import (
 from superego.converters.shape import Shape, read_shape
 from superego.converters.slot import Slots
 from superego.converters.slot_cache import KeptSlots
-from superego.converters.streams import Changes, Pack, mean_kl, predictions
+from superego.converters.streams import Changes
 from superego.converters.transformer import Base
 from superego.converters.unfinished import Unfinished
 from superego.errors import SuperegoError
@@ -96,7 +96,7 @@ class Settings:
         """
         known = {
             ("quick", False): cls("quick", 2, 12, 96, 0.3, 1.2, seed),
-            ("quick", True): cls("quick", 1, 8, 96, 0.6, 2.5, seed, True),
+            ("quick", True): cls("quick", 1, 4, 96, 1.5, 6, seed, True),
             ("standard", False): cls("standard", 3, 20, 160, 0.2, 1, seed),
             ("standard", True): cls("standard", 2, 8, 160, 0.3, 1.2, seed, True),
             ("thorough", False): cls("thorough", 9, 48, 256, 0.1, 0.5, seed),
@@ -220,13 +220,13 @@ def compile_manifesto(
     seconds["references"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
-    unseen = conversations[-settings.unseen :]
+    unseen = Unseen(conversations[-settings.unseen :])
     seen = conversations[: -settings.unseen]
     unfinished = Unfinished(
         [superego.__version__, torch.__version__, model.fingerprint, str(base.dtype)],
         [base.device.type, torch.get_num_threads(), {**asdict(settings), "rank": rank}],
         [prompts.prefixes.teacher, prompts.prefixes.student],
-        [[c.prompt, c.reply] for c in seen],
+        [[c.prompt, c.reply] for c in conversations],
     )
     if unfinished.layers:
         steps.note(f"going on behind layer {unfinished.layers} of {base.shape.n_layer}")
@@ -239,20 +239,14 @@ def compile_manifesto(
         lambda done, total: steps.update("solving layers", done, total),
         opened.slots,
         unfinished,
+        unseen,
     )
     seconds["fit"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
-    steps.update("measuring on unseen references", 0, 3)
-    packs = [
-        Pack(unseen, prefix) for prefix in (prompts.prefixes.teacher, prompts.prefixes.student)
-    ]
-    target = predictions(base, packs[0])
-    steps.update("measuring on unseen references", 1, 3)
-    kl_base = mean_kl(base, packs[1], target, predictions(base, packs[1]))
-    steps.update("measuring on unseen references", 2, 3)
-    kl_adapter = mean_kl(base, packs[1], target, predictions(base, packs[1], changes))
-    steps.update("measuring on unseen references", 3, 3)
+    steps.update("measuring on unseen references", 0, 1)
+    kl_base, kl_adapter = unseen.kl()
+    steps.update("measuring on unseen references", 1, 1)
     seconds["measure"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
@@ -266,7 +260,7 @@ def compile_manifesto(
         {
             **_metadata(manifesto, model, settings, rank, tokens, recovered, base.dtype),
             "superego.references": stored(model, conversations),
-            "superego.references.unseen": len(unseen),  # the last ones
+            "superego.references.unseen": len(unseen.conversations),  # the last ones
             **(extra or {}),
         },
     )

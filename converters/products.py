@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 _PROBED = 0.2  # seconds of products of each type, about
+_PRODUCT = 2.0 * 1024 * 576 * 1536  # operations of one
+_HOPELESS = 4  # times slower than what there is
 FEW = 128  # rows up to which a light matrix is quicker
 
 
@@ -98,8 +100,10 @@ def _probed(device: torch.device, threads: int) -> tuple[torch.dtype, float]:
             if device.type != "cpu":  # it is only asked for yet: wait until it is there
                 found[0, 0].item()
             seconds.append(time.perf_counter() - start)
+            if _PRODUCT / seconds[-1] < best_rate / _HOPELESS:
+                break  # emulated: four more tell nothing
         # the quick quarter: other programs slow a product down, nothing speeds one up
-        rate = 2 * 1024 * 576 * 1536 / sorted(seconds)[len(seconds) // 4] / 1e9
+        rate = _PRODUCT / sorted(seconds)[len(seconds) // 4]
         if rate > best_rate * 1.2:  # bfloat16 must win clearly: it costs precision
             best, best_rate = dtype, rate
-    return best, best_rate
+    return best, best_rate / 1e9

@@ -45,7 +45,8 @@ from superego.converters.transformer import (
 )
 
 _CONVERSATIONS = 40  # whose queries a cell is fitted to
-PROMPTS = 24  # that the token and its mark are found from: as many as any effort has
+PROMPTS = 24  # that the token is found from
+_LOOKED_AT = 8  # of them, that its mark and cells are found from
 _CELLS = 2  # at most: what the marks of more leak is as much as these would gain
 _LAYERS = 3  # the first ones, in which tokens may be marked
 _FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
@@ -100,13 +101,12 @@ class Probe:
         self._n = len(positions)
         self._base, self._streams = streams.base, streams
         # a pack is sorted by length: conversations of all lengths are looked at
-        lengths = streams.pack.rows.lengths
+        lengths = streams.pack.rows.lengths[: streams.pack.n_fitted]
         n = min(_CONVERSATIONS, len(lengths))
         chosen = {len(lengths) * i // n for i in range(n)}
         self._rows = Rows([lengths[i] for i in sorted(chosen)], len(teacher))
-        self._places = torch.tensor([i in chosen for i in range(len(lengths))]).repeat_interleave(
-            torch.tensor(lengths)
-        )
+        taken = torch.tensor([i in chosen for i in range(len(lengths))])
+        self._places = taken.repeat_interleave(torch.tensor(lengths)).nonzero()[:, 0]
         self._moved = len(teacher) - len(student)
         self._positions = torch.arange(len(student)) + self._moved
         front = _front(teacher, student)
@@ -172,8 +172,9 @@ class Probe:
 def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:
     """The first tokens behind the sink that can be told from all others, and their marks.
 
-    All of it comes from the base, the first prompts and the sample manifesto, and so is the same
-    for every manifesto: adapters can be mixed, each with a share of the slot.
+    All of it comes from the base, the messages and the manifesto that every compile knows, and so
+    is the same for every manifesto: adapters can be mixed, each with a share of the slot. `prompts`
+    and the teacher's prefix stand for these where `prefixes` has none.
 
     Only prefix tokens that do not come again in a conversation are taken, and beside the first
     one only those that the template puts in front of every system message: they stay when a user
@@ -185,12 +186,14 @@ def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> S
     if own < 2 or shape.n_layer <= _LAYERS or base.layer(0).k_norm is not None or not base.plain:
         return None
     sample = prefixes.sample or prefixes.teacher
-    texts = [Conversation(prompt, [0]) for prompt in prompts[:PROMPTS]]
+    known = (prefixes.messages or prompts)[:PROMPTS]
+    texts = [Conversation(prompt, [0]) for prompt in known]
     streams = Streams(base, Pack(texts, student))
     place = _place(base, streams, own, _front(sample, student))
     if place is None:
         return None
     positions = tuple(sorted(place.detectors))
+    texts = texts[:_LOOKED_AT]
     streams = Streams(base, Pack(texts, student))
     teacher = Streams(base, Pack(texts, sample))
     probe = Probe(teacher, Prefixes(sample, student), positions)
@@ -298,7 +301,8 @@ def write_cells(
     other cells', and answers other rows least; ΔW = (wanted − W Xᵀ) U.
     """
     shape, places = base.shape, list(slot.positions)
-    rows = rms_norm(streams.rows, layer.attn_norm, shape.rms_eps, torch.float32)
+    fitted = streams.rows[: streams.pack.fitted_rows]
+    rows = rms_norm(fitted, layer.attn_norm, shape.rms_eps, torch.float32)
     prefix = rms_norm(streams.prefix, layer.attn_norm, shape.rms_eps, torch.float32)
     inputs = prefix[places]
     solved = torch.linalg.solve(answering(rows, prefix, places), inputs.T)  # (d_model, n)

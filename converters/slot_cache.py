@@ -67,7 +67,7 @@ def slot_path(
         fingerprint,
         [str(base.dtype), base.device.type, torch.get_num_threads()],
         [prefixes.student, prefixes.sample, prefixes.common],
-        prompts[:PROMPTS],
+        (prefixes.messages or prompts)[:PROMPTS],
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
     return Path(platformdirs.user_cache_dir("superego")) / "slots" / f"{key}.pt"

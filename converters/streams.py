@@ -83,13 +83,15 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
 class Prefixes:
     """The teacher's and student's shared tokens; the last `common` of both are the same.
 
-    `sample` is what the teacher's would be with a manifesto that every compile knows (sample.txt):
-    what all manifestos have in common is found from it.
+    `sample` is what the teacher's would be with a manifesto that every compile knows (sample.txt),
+    and `messages` are user messages that every compile knows, as they stand behind a prefix: what
+    all manifestos have in common is found from these.
     """
 
     teacher: list[int]
     student: list[int]
     sample: list[int] = field(default_factory=list)
+    messages: list[list[int]] = field(default_factory=list)
 
     @property
     def common(self) -> int:
@@ -110,14 +112,20 @@ class Conversation:
 
 
 class Pack:
-    """Conversations sorted by length and packed row after row behind one prefix."""
+    """Conversations sorted by length and packed row after row behind one prefix.
 
-    def __init__(self, conversations: Sequence[Conversation], prefix: Sequence[int]) -> None:
-        order = sorted(
-            range(len(conversations)),
-            key=lambda i: (len(conversations[i].prompt) + len(conversations[i].reply), i),
-        )
-        self.conversations = [conversations[i] for i in order]
+    Behind them, sorted apart, those `aside`: walked with the others, and not fitted to.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        prefix: Sequence[int],
+        aside: Sequence[Conversation] = (),
+    ) -> None:
+        self.conversations = [*_by_length(conversations), *_by_length(aside)]
+        self.n_fitted = len(conversations)
+        self.fitted_rows = sum(len(c.prompt) + len(c.reply) - 1 for c in conversations)
         self.prefix = torch.tensor(list(prefix))
         # the last reply token is only ever predicted, never read
         texts = [c.prompt + c.reply[:-1] for c in self.conversations]
@@ -135,6 +143,10 @@ class Pack:
         counts = torch.tensor([len(c.reply) for c in self.conversations])
         self.reply_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
         self.reply_weight = (1.0 / counts / len(counts))[self.reply_of]  # mean over replies
+
+
+def _by_length(conversations: Sequence[Conversation]) -> list[Conversation]:
+    return sorted(conversations, key=lambda c: len(c.prompt) + len(c.reply))
 
 
 class Streams:
@@ -191,13 +203,16 @@ class Streams:
     def weigh(self, rows: torch.Tensor, prefix: torch.Tensor) -> list[torch.Tensor]:
         """Inputs (n, in) and (p, in) of the matrix last added as a fit in the stream sees them.
 
-        Behind a norm a change of the product y reaches the stream divided by y's length.
+        The rows may be the first of all, as in `reachable`. Behind a norm a change of the product y
+        reaches the stream divided by y's length.
         """
         if self._last is None:
             return [rows, prefix]
         eps = self._last.write.eps
         return [
-            (each.float() * torch.rsqrt(y.float().square().mean(1, True) + eps)).to(each.dtype)
+            (each.float() * torch.rsqrt(y[: len(each)].float().square().mean(1, True) + eps)).to(
+                each.dtype
+            )
             for each, y in zip((rows, prefix), self._last.products, strict=True)
         ]
 
@@ -208,7 +223,8 @@ class Streams:
         if self._last is None:
             return rows, prefix
         write, products = self._last.write, self._last.products
-        return _nearest(write, products[0], rows), _nearest(write, products[1], prefix)
+        first = products[0][: len(rows)]
+        return _nearest(write, first, rows), _nearest(write, products[1], prefix)
 
 
 @dataclass
@@ -271,17 +287,20 @@ def mean_kl(base: Base, pack: Pack, teacher: torch.Tensor, student: torch.Tensor
 
     teacher, student: last streams at the rows that predict replies, (n, d_model) each.
     """
-    return float((token_kl(base, teacher, student) * pack.reply_weight).sum())
+    (found,) = token_kl(base, teacher, student)
+    return float((found * pack.reply_weight).sum())
 
 
-def token_kl(base: Base, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """KL(teacher‖student) in nats at each row, (n,), of last streams (n, d_model) each."""
-    found = []
+def token_kl(base: Base, teacher: torch.Tensor, *students: torch.Tensor) -> list[torch.Tensor]:
+    """KL(teacher‖student) in nats at each row, (n,) a student, of last streams (n, d_model)."""
+    found: list[list[torch.Tensor]] = [[] for _ in students]
     n_vocab = base.shape.n_vocab
     chunk = 1024 if 1024 * n_vocab <= _LOGITS else _LOGITS // 4 // n_vocab  # several copies each
     for start in range(0, len(teacher), chunk):
         part = slice(start, start + chunk)
         log_p = base.logits(teacher[part]).float().log_softmax(-1)
-        log_q = base.logits(student[part]).float().log_softmax(-1)
-        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(found)
+        p = log_p.exp()
+        for student, mine in zip(students, found, strict=True):
+            log_q = base.logits(student[part]).float().log_softmax(-1)
+            mine.append((p * (log_p - log_q)).sum(-1))
+    return [torch.cat(each) for each in found]

@@ -186,7 +186,7 @@ class Unseen:
         pack = Pack(conversations, prefixes.student)
         lengths = [len(c.reply) for c in pack.conversations]
         wanted = predictions(base, Pack(conversations, prefixes.teacher))
-        bare = token_kl(base, wanted, predictions(base, pack))
+        (bare,) = token_kl(base, wanted, predictions(base, pack))
         each = torch.stack([part.mean() for part in bare.split(lengths)])
         kept = (each <= _RECITED * each.median()).tolist()
         self._pack = Pack(list(compress(pack.conversations, kept)), prefixes.student)

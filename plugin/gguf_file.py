@@ -42,6 +42,7 @@ _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 16
 _MAX_NAME = 1 << 12  # bytes of a key or a tensor's name
 _MAX_VALUES = 1 << 22  # in all arrays together
+_BLOCK = 1 << 20  # read at once, of strings
 _MAX_BYTES = 1 << 28  # of the whole header
 
 
@@ -107,6 +108,24 @@ class _Reader:
     def string(self, what: str) -> str:
         return self.take(self.scalar(10, what), what).decode("utf-8", "replace")
 
+    def strings(self, count: int, what: str) -> list[str]:
+        """As `string` so many times, out of blocks: a vocabulary is 100,000 short ones."""
+        found: list[str] = []
+        while len(found) < count:
+            start, at = self.file.tell(), 0
+            block = self.file.read(min(_BLOCK, max(_MAX_BYTES - start, 0)))
+            while len(found) < count and at + 8 <= len(block):
+                text = at + 8
+                end = text + int.from_bytes(block[at:text], "little")
+                if end > len(block):
+                    break
+                found.append(block[text:end].decode("utf-8", "replace"))
+                at = end
+            self.file.seek(start + at)
+            if len(found) < count:  # it crosses the block's end, or is not all there
+                found.append(self.string(what))
+        return found
+
     def name(self, what: str) -> str:
         length = self.scalar(10, what)
         if length > min(_MAX_NAME, self.size):
@@ -144,7 +163,7 @@ class _Reader:
                 f"{_MAX_VALUES:,}"
             )
         if item == _STRING:
-            return [self.string(key) for _ in range(count)]
+            return self.strings(count, key)
         return list(struct.unpack(f"<{count}{code[1]}", self.take(width * count, key)))
 
 
