@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Replies are written a block at a time, whatever the effort: a block is the same whether
 # it is the only one or one of many, so that the cache never changes a result. Larger
 # blocks write faster; the first one is what `quick` waits for.
-BLOCKS = (12, 72, 252, 264, 264, 384, 384, 384, 384)
+BLOCKS = (12, 96, 228, 264, 264, 384, 384, 384, 384)
 # A third of the replies are long, for what changes as a reply goes on; the others are
 # short, because more prompts teach more than more tokens of the same.
 LONG_REPLY, SHORT_REPLY = 48, 16
@@ -100,8 +100,8 @@ def prepare(llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[st
     if not student.prefix:
         raise SuperegoError("the chat template puts nothing in front of a user message")
     known = encode(llm, template, _sample(), [])
-    messages = encode(llm, template, None, seeds(0)[:_KNOWN]).rest
-    return Prompts(Prefixes(teacher.prefix, student.prefix, known.prefix, messages), rest)
+    shared = encode(llm, template, None, seeds(0)[:_KNOWN]).rest
+    return Prompts(Prefixes(teacher.prefix, student.prefix, known.prefix, shared), rest)
 
 
 def _sample() -> str:

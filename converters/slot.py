@@ -46,7 +46,7 @@ from superego.converters.transformer import (
 
 _CONVERSATIONS = 40  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token is found from
-_LOOKED_AT = 8  # of them, that its mark and cells are found from
+LOOKED_AT = 8  # of them, that its mark and cells are found from
 _CELLS = 2  # at most: what the marks of more leak is as much as these would gain
 _LAYERS = 3  # the first ones, in which tokens may be marked
 _FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
@@ -193,7 +193,7 @@ def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> S
     if place is None:
         return None
     positions = tuple(sorted(place.detectors))
-    texts = texts[:_LOOKED_AT]
+    texts = texts[:LOOKED_AT]
     streams = Streams(base, Pack(texts, student))
     teacher = Streams(base, Pack(texts, sample))
     probe = Probe(teacher, Prefixes(sample, student), positions)

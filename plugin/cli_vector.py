@@ -32,7 +32,7 @@ from superego.progress import Steps
 @click.option(
     "--effort",
     type=click.Choice(["quick", "standard", "thorough"]),
-    default="quick",
+    default="standard",
     show_default=True,
     help="How many references.",
 )

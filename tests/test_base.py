@@ -122,6 +122,19 @@ def test_what_is_no_base_is_refused(tmp_path: Path, smollm2: BaseModel) -> None:
         assert str(path) in str(error.value)
 
 
+def test_a_vocabulary_is_the_same_however_its_blocks_fall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model(tmp_path / "base.gguf")
+    whole = read_header(path)
+    assert len(whole.metadata["tokenizer.ggml.tokens"]) > 256
+    for block in (1, 9, 40):  # of a byte, about a string, and a few of them
+        monkeypatch.setattr("superego.gguf_file._BLOCK", block)
+        again = read_header(path)
+        assert again.metadata == whole.metadata
+        assert again.tensors == whole.tensors
+
+
 def test_a_length_field_cannot_make_us_allocate(tmp_path: Path) -> None:
     path = tmp_path / "huge.gguf"
     # one key whose array claims 2^60 strings

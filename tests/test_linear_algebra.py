@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from superego.converters import closed_form
-from superego.converters.closed_form import fit
+from superego.converters.closed_form import _penalty, fit
 from superego.converters.linear_algebra import factor_, leading, solve
 
 
@@ -42,6 +43,29 @@ def test_a_large_fit_explains_as_much_as_the_exact_one() -> None:
             closed_form.LARGE = before
         left.append(float((wanted - inputs @ change.a.T @ change.b.T).norm()))
     assert abs(left[0] / left[1] - 1) < 0.002
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [(60, 40), (60, 90), (25, 90)])
+def test_a_fit_to_fewer_rows_than_inputs_is_the_one_by_inputs(rows: int, outputs: int) -> None:
+    """Solved by rows: against ΔW = RᵀX (XᵀX + Λ)⁻¹ in double, cut to the rank."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(rows, 100, generator=generator)
+    inputs[:, 7] = 0  # one that never is anything
+    turn = torch.randn(100, 8, generator=generator) @ torch.randn(8, outputs, generator=generator)
+    wanted = inputs @ turn + 0.01 * torch.randn(rows, outputs, generator=generator)
+    rank, ridge = 30, 0.4
+    change = fit([inputs[:20], inputs[20:]], [wanted[:20], wanted[20:]], rank, ridge)
+    x, r = inputs.double(), wanted.double()
+    gram = x.T @ x
+    whole = torch.linalg.solve(gram + torch.diag(_penalty(gram.diagonal(), ridge)), x.T @ r).T
+    left, values, _ = torch.linalg.svd(whole @ x.T, full_matrices=False)
+    top = left[:, :rank]
+    assert change.a.shape == (rank, 100)
+    assert change.b.shape == (outputs, rank)
+    assert torch.allclose(change.b.T @ change.b, torch.eye(rank), atol=1e-4)
+    found = (change.b @ change.a).double()
+    off = (found - top @ top.T @ whole) @ x.T
+    assert float(off.norm()) < 1e-3 * float(values.norm())
 
 
 def test_a_fit_bears_inputs_that_have_nearly_everything_in_common() -> None:

@@ -17,7 +17,7 @@ from conftest import tiny_model
 
 from superego.adapter import read_adapter
 from superego.base import open_base
-from superego.converters.closed_form import solve
+from superego.converters.closed_form import Unseen, solve
 from superego.converters.compile import pairs
 from superego.converters.decode import greedy, prefill
 from superego.converters.streams import Conversation, Pack, Prefixes, mean_kl, predictions
@@ -143,6 +143,34 @@ def test_the_closed_form_recovers_on_what_it_saw(tmp_path: Path, architecture: s
     assert set(pairs(changes)) == {
         f"blk.{i}.{w}.weight" for i in (0, 1) for w in ("attn_output", "ffn_down")
     }
+
+
+def test_conversations_walked_aside_change_no_fit_and_are_measured_as_by_walks_of_their_own(
+    tmp_path: Path,
+) -> None:
+    base = Base(read_header(tiny_model(tmp_path / "t.gguf")), torch.float32, resident=True)
+    rng = np.random.default_rng(9)
+    prefixes = Prefixes([*rng.integers(3, 259, 20).tolist(), 4, 5], [7, 8, 4, 5])
+    talks = [
+        Conversation(rng.integers(3, 259, n).tolist(), rng.integers(3, 259, 14 - n).tolist())
+        for n in (5, 2, 7, 4, 9, 3)
+    ]
+    unseen = Unseen(talks[4:])
+    ridges = {"attn_output": 0.1, "ffn_down": 0.1}
+    changes = solve(base, talks[:4], prefixes, 16, ridges, unseen=unseen)
+    alone = solve(base, talks[:4], prefixes, 16, ridges)
+    for key, change in changes.items():
+        product, other = change.b @ change.a, alone[key].b @ alone[key].a
+        assert torch.allclose(product, other, atol=1e-4 * float(other.abs().max()))
+    teacher, student = Pack(talks[4:], prefixes.teacher), Pack(talks[4:], prefixes.student)
+    target = predictions(base, teacher)
+    assert unseen.kl() == pytest.approx(
+        [
+            mean_kl(base, student, target, predictions(base, student)),
+            mean_kl(base, student, target, predictions(base, student, changes)),
+        ],
+        rel=1e-3,
+    )
 
 
 def test_unknown_architectures_are_named_with_the_known(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from superego.base import BaseModel, open_base
 from superego.bundled import bundled
 from superego.control_vector import read_vector, write_vector
 from superego.converters.compile import Settings
+from superego.converters.references import BLOCKS
 from superego.converters.streams import Conversation, Pack
 from superego.converters.transformer import Base
 from superego.converters.vector import make_vector, steered
@@ -73,7 +74,7 @@ def test_it_recovers_some_of_the_manifesto_and_uses_compiles_references(
     made: tuple[Path, dict[str, Any]], smollm2: BaseModel, llm: Any
 ) -> None:
     path, report = made
-    assert report["references from cache"] == report["references"] == 32
+    assert report["references from cache"] == report["references"] == BLOCKS[0]
     by_scale = report["kl recovered by scale"]
     assert report["kl recovered on unseen references"] == pytest.approx(
         max(by_scale.values()), abs=1e-3
