@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 METHOD = "closed-form"
-_REACHED = 0.65  # of the probe's rate, by the products of a compile
+_REACHED, _FIT_REACHED = 0.65, 0.9  # of the probe's rate, by products of few rows and of many
 _WRITING_REST, _FIT_REST = 400.0, 550.0  # GFLOP/s that all else alone would allow
+_BESIDE = 9  # seconds: imports, opening, the search for the slot
 # GFLOP/s of matrix products from which on a machine has all of an effort's references
 _FAST = {"quick": 1000.0, "standard": 250.0, "thorough": 350.0}
 
@@ -310,7 +311,7 @@ def writing_seconds(shape: Shape, rows: int, rate: float) -> float:
 
 def fit_seconds(shape: Shape, rows: int, rate: float) -> float:
     """About how long a fit of so many rows takes, as `writing_seconds`."""
-    return 1e-9 * fit_operations(shape, rows) * (1 / (_REACHED * rate) + 1 / _FIT_REST)
+    return 1e-9 * fit_operations(shape, rows) * (1 / (_FIT_REACHED * rate) + 1 / _FIT_REST)
 
 
 def fit_operations(shape: Shape, rows: int) -> float:
@@ -353,7 +354,7 @@ def plan(
         "references": len(rest),
         "reference tokens, at most": rows,
         "compute type": str(dtype).removeprefix("torch."),
-        "estimated seconds": round(6 + write + fit),
+        "estimated seconds": round(_BESIDE + write + fit),
         "estimated memory MB": round(sizes.peak / 2**20),
         "layers kept in memory": f"{sizes.layers} of {shape.n_layer}",
         "batches of references": sizes.batches,

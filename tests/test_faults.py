@@ -76,8 +76,9 @@ def command(
     *words: str, before: Callable[[], None] | None = None, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
     code = "import sys; from superego.cli import main; main(prog_name='superego')"
+    # -B: some Pythons leave half a .pyc where files may have few bytes, for all that come after
     return subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-B", "-c", code, *words],
         capture_output=True,
         check=False,
         preexec_fn=before,
