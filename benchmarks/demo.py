@@ -38,7 +38,7 @@ def answer(llm: Any, template: ChatTemplate, system: str | None) -> tuple[int, f
 def main() -> None:
     """Runs the demo; the compile is the real command line."""
     path = Path("pirate.gguf")
-    command = ["compile", "pirate", "--base", "smollm2", "-o", str(path)]
+    command = ["compile", "pirate", "--base", "smollm2", "-o", str(path), "--effort", "quick"]
     print(f"$ superego {' '.join(command)}", flush=True)
     subprocess.run([str(Path(sys.executable).parent / "superego"), *command], check=True)
     base = open_base("smollm2")
