@@ -26,7 +26,7 @@ def changes_of(adapter: Adapter) -> Origin:
             raise SuperegoError(
                 f"{adapter.path}: adapts {name}; training knows {', '.join(MATRICES)} of a layer"
             )
-        changes[int(parts[1]), parts[2]] = Change(torch.from_numpy(a), torch.from_numpy(b))
+        changes[int(parts[1]), parts[2]] = Change(_tensor(a), _tensor(b))
     written, ranks = slot_marks(adapter), slot_ranks(adapter)
     if written is None:
         return changes, None
@@ -36,10 +36,14 @@ def changes_of(adapter: Adapter) -> Origin:
         if matrix in ("attn_k", "attn_v"):
             continue
         change = changes[index, matrix]
-        keep = torch.from_numpy(np.flatnonzero(chosen))
-        rest = torch.from_numpy(np.flatnonzero(~chosen))
+        keep = _tensor(np.flatnonzero(chosen))
+        rest = _tensor(np.flatnonzero(~chosen))
         marks[index, matrix] = Change(change.a[keep], change.b[:, keep])
         order = torch.cat([keep, rest])  # a mark's ranks stand first
         changes[index, matrix] = Change(change.a[order], change.b[:, order])
-    layer, directions = int(written.matrix.split(".")[1]), torch.from_numpy(written.directions)
+    layer, directions = int(written.matrix.split(".")[1]), _tensor(written.directions)
     return changes, Slot((), layer, written.neurons, directions, {}, marks)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).to(torch.get_default_device())

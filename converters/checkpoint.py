@@ -49,7 +49,9 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """A checkpoint; None where there is none, or it is damaged."""
     try:
-        return Checkpoint(dict(torch.load(path, weights_only=True)))
+        return Checkpoint(
+            dict(torch.load(path, map_location=torch.get_default_device(), weights_only=True))
+        )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
         return None
     except Exception as error:  # pickle's own, whatever a damaged file makes of it

@@ -100,8 +100,8 @@ class Settings:
             ("quick", True): cls("quick", 1, 4, 96, 1.5, 6, seed, True),
             ("standard", False): cls("standard", 3, 20, 160, 0.2, 1, seed),
             ("standard", True): cls("standard", 2, 8, 160, 0.3, 1.2, seed, True),
-            ("thorough", False): cls("thorough", 9, 48, 256, 0.1, 0.5, seed),
-            ("thorough", True): cls("thorough", 4, 48, 256, 0.1, 0.5, seed, True),
+            ("thorough", False): cls("thorough", 10, 48, 256, 0.1, 0.5, seed),
+            ("thorough", True): cls("thorough", 5, 48, 256, 0.1, 0.5, seed, True),
         }
         if (effort, slow) not in known:
             raise SuperegoError(

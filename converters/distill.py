@@ -44,7 +44,7 @@ from superego.runtime import default_threads, load, peak_memory
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-_BLOCKS = 5  # of references at most, where the start has no more
+_BLOCKS = 6  # of references at most, where the start has no more
 UNSEEN = 48  # conversations that are measured on, at most; neither start nor training fits them
 _LEAST_UNSEEN = 12
 _NEUTRAL = 120  # plain texts that are to stay as they are
@@ -114,6 +114,7 @@ class _Material:
     opened: Opened
     prompts: Prompts
     seen: list[Conversation]  # all but the unseen ones
+    fits: int  # how many of them a new fit has time for
     unseen: list[Conversation]
     lessons: list[Conversation]  # of the seen ones, what is trained on
     own: list[Conversation]  # the user's examples
@@ -122,6 +123,10 @@ class _Material:
     @property
     def conversations(self) -> list[Conversation]:
         return [*self.seen, *self.unseen]
+
+    @property
+    def to_fit(self) -> list[Conversation]:
+        return self.seen[: self.fits]
 
 
 @dataclass
@@ -193,7 +198,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     base, prefixes = material.opened.base, material.prompts.prefixes
     measured = Unseen(base, material.unseen, prefixes)
     key = _key(job, [*material.lessons, *material.own])
-    anew = refit.settings_for(settings, len(material.seen), base)
+    anew = refit.settings_for(settings, len(material.to_fit), base)
     begun = _begin(job, material, measured, anew, saved.origin(key) if saved else None)
     settings = {**settings, **anew} if begun.origin else settings
     spent = time.perf_counter() - started
@@ -273,7 +278,7 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
         least, seconds = next((i + 1 for i, end in enumerate(ends) if end >= had), most), 0.0
     allowed = refit.Allowance(least, most, seconds, job.fits_again)
     before = _leading(job.start, model, prompts)
-    conversations = refit.write_within(
+    conversations, fits = refit.write_within(
         llm, opened, model, prompts, allowed, before, options.use_cache, job.steps
     )
     fresh = [c for c in conversations if tuple(c.prompt) not in fitted]
@@ -287,7 +292,7 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
     measured_on = {id(c) for c in unseen}
     seen = [c for c in conversations if id(c) not in measured_on]
     lessons = fresh if len(fresh) >= len(seen) // 4 else seen
-    return _Material(opened, prompts, seen, unseen, lessons, own, len(fitted))
+    return _Material(opened, prompts, seen, fits, unseen, lessons, own, len(fitted))
 
 
 def _begin(
@@ -309,11 +314,11 @@ def _begin(
     student.keep_slot()
     if origin:
         return _Beginning(student, None, origin, measured.of(Student(base, *changes)))
-    if not job.fits_again or not refit.worth_it(len(material.seen), material.fitted):
+    if not job.fits_again or not refit.worth_it(len(material.to_fit), material.fitted):
         return _Beginning(student, None)
     before = measured.of(student)
     try:
-        found = refit.fit_again(material.opened, material.prompts, material.seen, anew, job.steps)
+        found = refit.fit_again(material.opened, material.prompts, material.to_fit, anew, job.steps)
     except KeyboardInterrupt:
         return _Beginning(student, before, None, before, interrupted=True)
     fitted = Student(base, *found)

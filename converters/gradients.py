@@ -148,7 +148,10 @@ class Attention(torch.autograd.Function):
         group = n_head // n_kv
         by_query = grad.new_empty(n, n_head, dim)
         by_key, by_value = grad.new_empty(n, n_kv, dim), grad.new_empty(n, n_kv, dim)
-        front_key, front_value = torch.zeros(ahead, n_kv, dim), torch.zeros(ahead, n_kv, dim)
+        # autograd's own threads know nothing of the default device
+        front_key, front_value = (
+            grad.new_zeros(ahead, n_kv, dim, dtype=torch.float32) for _ in range(2)
+        )
         for (start, stop, gather, scatter), (q, k, v, p) in zip(
             ctx.rows.chunks, ctx.kept, strict=True
         ):
@@ -203,8 +206,9 @@ class Divergence(torch.autograd.Function):
                 logits = logits + base.output_bias
             texts = teacher.dim() == 1
             wanted = teacher[part] if texts else base.logits(teacher[part])
-            for i in range(0, len(rows), _CACHED_ROWS):
-                some = slice(i, i + _CACHED_ROWS)
+            few = _CACHED_ROWS if rows.device.type == "cpu" else _HEAD_ROWS
+            for i in range(0, len(rows), few):
+                some = slice(i, i + few)
                 w = weight[part][some]
                 raw = logits[some].float() * base.shape.logit_scale
                 own = capped(raw, cap)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Replies are written a block at a time, whatever the effort: a block is the same whether
 # it is the only one or one of many, so that the cache never changes a result. Larger
 # blocks write faster; the first one is what `quick` waits for.
-BLOCKS = (12, 96, 228, 264, 264, 384, 384, 384, 384)
+BLOCKS = (12, 96, 228, 132, 132, 264, *[384] * 8)
 # A third of the replies are long, for what changes as a reply goes on; the others are
 # short, because more prompts teach more than more tokens of the same.
 LONG_REPLY, SHORT_REPLY = 48, 16

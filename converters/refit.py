@@ -18,7 +18,7 @@ from superego.converters.closed_form import solve
 from superego.converters.compile import Opened, Settings, fit_seconds, writing_seconds
 from superego.converters.products import probe_dtype
 from superego.converters.references import BLOCKS, Prompts, write_replies
-from superego.converters.shape import read_shape
+from superego.converters.shape import Shape, read_shape
 from superego.converters.streams import Conversation
 from superego.converters.transformer import Base
 from superego.progress import Steps
@@ -26,10 +26,12 @@ from superego.progress import Steps
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-SHARE = 0.8  # of the budget, at most, for the references and a fit to all of them
+SHARE = 0.9  # of the budget, at most, for the references and a fit to them
 _MORE = 1.25  # times the references that the file was fitted to; fewer are not fitted again
 _ROWS = 48  # tokens of a reference, about
 _EACH = 0.01  # seconds that one takes beside all products, at least
+_BESIDE = 10.0  # seconds that a fit takes however few they are, and what is measured around it
+_GAIN = 1.1  # times as many references must a fit be able to have by another block
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,28 @@ class Allowance:
     least: int  # blocks, whatever they take
     most: int
     seconds: float  # for what is more than the least
-    fitted: bool  # a fit to all of them takes its part of the seconds
+    fitted: bool  # a fit to them takes its part of the seconds
 
 
 def blocks_within(model: BaseModel, budget: float) -> int:
     """How many blocks of references may be fitted in their share of so many seconds."""
-    shape, rate = read_shape(model.header), probe_dtype()[1]
-    ends = itertools.accumulate(BLOCKS)
-    seconds = (fit_seconds(shape, _ROWS * end, rate) + _EACH * end for end in ends)
-    return sum(each < SHARE * budget for each in seconds)
+    most = fitted_within(read_shape(model.header), _ROWS, probe_dtype()[1], SHARE * budget)
+    return sum(end - size < most for size, end in zip(BLOCKS, _ends(), strict=True))
+
+
+def fitted_within(shape: Shape, rows: float, rate: float, seconds: float) -> int:
+    """How many references of so many rows a fit has time for."""
+    each = fit_seconds(shape, 1, rate) * rows + _EACH
+    return max(0, int((seconds - _BESIDE) / each))
+
+
+def rows_of(conversations: Sequence[Conversation]) -> float:
+    """Rows of a reference, on average."""
+    return sum(len(c.prompt) + len(c.reply) - 1 for c in conversations) / len(conversations)
+
+
+def _ends() -> list[int]:
+    return list(itertools.accumulate(BLOCKS))
 
 
 def write_within(
@@ -59,10 +74,14 @@ def write_within(
     before: Sequence[Conversation],
     use_cache: bool,
     steps: Steps,
-) -> list[Conversation]:
+) -> tuple[list[Conversation], int]:
     """As many whole blocks of references as are allowed; those of `before` are there already.
 
-    What a block took tells what the next one will; an estimate where none was written yet.
+    Returns them, and how many of them a fit has time for in what is left.
+
+    What a block took tells what the next one will; an estimate where none was written yet. Where
+    a fit shares the time, another block is written if the fit can then have more references than
+    it could have without, be it not all of that block.
     """
     shape, rate = opened.base.shape, opened.rate
     started = time.perf_counter()
@@ -84,15 +103,19 @@ def write_within(
         )
         if len(found) - cached > there:
             each = (time.perf_counter() - mark) / (len(found) - cached - there)
-        rows = sum(len(c.prompt) + len(c.reply) for c in found) / len(found)
+        left = allowed.seconds - (time.perf_counter() - started)
+        rows = rows_of(found)
+        now = min(len(found), fitted_within(shape, rows, rate, left))
         if blocks >= allowed.most:
-            return found
+            return found, now
         size = BLOCKS[blocks]
         expected = writing_seconds(shape, round(rows * size), rate) if each is None else each * size
+        if not allowed.fitted and expected > left:
+            return found, now
         if allowed.fitted:
-            expected += fit_seconds(shape, round(rows * (len(found) + size)), rate)
-        if time.perf_counter() - started + expected > allowed.seconds:
-            return found
+            then = min(len(found) + size, fitted_within(shape, rows, rate, left - expected))
+            if then < max(1, _GAIN * now):
+                return found, now
         blocks += 1
 
 

@@ -71,11 +71,12 @@ class Student:
 
     def add(self, rank: int, matrices: tuple[str, ...], seed: int) -> None:
         """Pairs of `rank` for matrices that have none in training: A random, B zero."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         for index in range(self.base.shape.n_layer):
             for matrix in matrices:
                 wide, out = self._size(matrix)
-                a = torch.randn(rank, wide, generator=generator) / wide**0.5
+                drawn = torch.randn(rank, wide, generator=generator, device="cpu")
+                a = drawn.to(self.base.device) / wide**0.5
                 if (index, matrix) not in self.pairs:
                     self.pairs[index, matrix] = a, torch.zeros(out, rank)
         self._require()

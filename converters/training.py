@@ -111,7 +111,7 @@ class Lessons:
         self._plain = list(plain)
         self._plain_prefix = plain_prefix
         self._own = list(own)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
         self._wanted = _streams(base, self._conversations, prefixes.teacher)
         self._unchanged = _streams(base, self._plain, plain_prefix) if plain else {}
 
@@ -145,7 +145,8 @@ class Lessons:
         while True:
             chosen: list[Conversation] = []
             n = 0
-            for i in torch.randperm(len(conversations), generator=self._generator).tolist():
+            order = torch.randperm(len(conversations), generator=self._generator, device="cpu")
+            for i in order.tolist():
                 length = len(conversations[i].prompt) + len(conversations[i].reply) - 1
                 if chosen and n + length > rows:
                     yield _pack(chosen, prefix, wanted)

@@ -45,6 +45,7 @@ from superego.options import (
     OutputPath,
     base_option,
     converter,
+    device_option,
     gpu_layers_option,
     json_option,
     lines_of,
@@ -153,13 +154,7 @@ def main() -> None:
     metavar="GB",
     help="The most memory to use; most of what is free by default.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "mps", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where torch computes; auto: cuda, then mps, then cpu (only cpu has been run).",
-)
+@device_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would cost.")
 @click.option(
     "--no-cache",
@@ -201,18 +196,17 @@ def compile(
         click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
     check_writable(output, Path(manifesto))
-    with Steps() as steps:
-        with devices.on(place):
-            result = compiler.compile_manifesto(
-                text,
-                model,
-                output,
-                settings,
-                threads=threads,
-                use_cache=not no_cache,
-                steps=steps,
-                memory=memory,
-            )
+    with Steps() as steps, devices.on(place):
+        result = compiler.compile_manifesto(
+            text,
+            model,
+            output,
+            settings,
+            threads=threads,
+            use_cache=not no_cache,
+            steps=steps,
+            memory=memory,
+        )
         if refine_minutes is not None:
             module = converter("distill")
             options = module.Options(refine_minutes, seed=seed, threads=threads)

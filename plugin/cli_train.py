@@ -20,6 +20,7 @@ from superego.bundled import find_manifesto
 from superego.options import (
     base_option,
     converter,
+    device_option,
     json_option,
     output_option,
     persona_argument,
@@ -76,6 +77,7 @@ def _training_options(command: F) -> F:
     help="Start from this adapter instead of from nothing.",
 )
 @threads_option
+@device_option
 @json_option
 def distill(
     manifesto: str,
@@ -89,6 +91,7 @@ def distill(
     targets: str | None,
     start: Path | None,
     threads: int | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Train a LoRA for MANIFESTO: it learns what the base says behind the manifesto.
@@ -103,7 +106,8 @@ def distill(
     options = module.Options(minutes, rank, chosen, seed, threads, resume=resume)
     model = open_base(base)
     own = (examples, converter("examples").read_examples(examples)) if examples else None
-    with Steps() as steps:
+    devices = converter("device")
+    with Steps() as steps, devices.on(devices.pick_device(device)):
         result = module.distill(text, model, output, options, adapter, own, steps)
     _show(result, base, output, as_json)
 
@@ -114,6 +118,7 @@ def distill(
 @output_option
 @_training_options
 @threads_option
+@device_option
 @json_option
 def refine(
     persona: Path,
@@ -124,6 +129,7 @@ def refine(
     resume: bool,
     seed: int,
     threads: int | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Train PERSONA further towards its manifesto; what comes out is never worse.
@@ -137,7 +143,8 @@ def refine(
     check_fit(adapter, model.header)
     warn_other_weights(adapter, model)
     own = (examples, converter("examples").read_examples(examples)) if examples else None
-    with Steps() as steps:
+    devices = converter("device")
+    with Steps() as steps, devices.on(devices.pick_device(device)):
         result = module.refine(adapter, model, output, options, own, steps)
     _show(result, base, output, as_json)
 

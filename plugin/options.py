@@ -94,6 +94,13 @@ gpu_layers_option = click.option(
     show_default=True,
     help="Layers on the GPU, where llama.cpp was built for one (Metal on macOS); -1: all.",
 )
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "mps", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where torch computes; auto: cuda, then mps, then cpu (mps has not been run).",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
