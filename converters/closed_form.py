@@ -41,7 +41,7 @@ _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median n
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
 
-class Unseen:
+class Aside:
     """Conversations that a fit does not see, and how far their replies are from the teacher's."""
 
     def __init__(self, conversations: Sequence[Conversation]) -> None:
@@ -76,7 +76,7 @@ def solve(
     progress: Callable[[int, int], None] = lambda done, total: None,
     slots: Slots | None = None,
     unfinished: Unfinished | None = None,
-    unseen: Unseen | None = None,
+    unseen: Aside | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 

@@ -20,7 +20,7 @@ import superego
 from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
-from superego.converters.closed_form import Unseen, solve
+from superego.converters.closed_form import Aside, solve
 from superego.converters.device import free_memory
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
@@ -222,7 +222,7 @@ def compile_manifesto(
     seconds["references"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
-    unseen = Unseen(conversations[-settings.unseen :])
+    unseen = Aside(conversations[-settings.unseen :])
     seen = conversations[: -settings.unseen]
     unfinished = Unfinished(
         [superego.__version__, torch.__version__, model.fingerprint, str(base.dtype)],

@@ -27,7 +27,7 @@ from superego.adapter import read_adapter, write_adapter
 from superego.architectures import ARCHITECTURES
 from superego.base import BaseModel, open_base
 from superego.chat import Chat
-from superego.converters.closed_form import Unseen, solve
+from superego.converters.closed_form import Aside, solve
 from superego.converters.compact import compact_session
 from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.decode import greedy, prefill
@@ -327,7 +327,7 @@ def test_behind_a_norm_the_fit_aims_at_what_can_be_reached(
 
     def recovered() -> float:
         ridges = {"attn_output": 0.05, "ffn_down": 0.15}
-        unseen = Unseen(talks[50:])
+        unseen = Aside(talks[50:])
         changes = solve(base, talks[:50], prefixes, 64, ridges, unseen=unseen)
         kl = mean_kl(base, student, target, predictions(base, student, changes))
         assert unseen.kl() == pytest.approx((before, kl), rel=1e-3)  # walked beside the fit

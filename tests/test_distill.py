@@ -205,6 +205,16 @@ def test_a_budget_of_nothing_and_unknown_targets_are_refused(
     assert not (tmp_path / "a.gguf").exists()
 
 
+def test_a_device_that_is_not_there_is_refused(
+    closed: Path, tiny: BaseModel, tmp_path: Path
+) -> None:
+    absent = "cuda" if torch.backends.mps.is_available() else "mps"
+    rest = ("--base", str(tiny.path), "-o", str(tmp_path / "a.gguf"), "--device", absent)
+    for command in (("refine", str(closed)), ("distill", "terse")):
+        assert "finds none on this machine" in refused(*command, *rest)
+    assert not (tmp_path / "a.gguf").exists()
+
+
 def test_an_adapter_for_another_base_is_refused(closed: Path, tmp_path: Path) -> None:
     message = refused("refine", str(closed), "--base", "smollm2", "-o", str(tmp_path / "a.gguf"))
     assert "another base" in message

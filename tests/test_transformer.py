@@ -17,7 +17,7 @@ from conftest import tiny_model
 
 from superego.adapter import read_adapter
 from superego.base import open_base
-from superego.converters.closed_form import Unseen, solve
+from superego.converters.closed_form import Aside, solve
 from superego.converters.compile import pairs
 from superego.converters.decode import greedy, prefill
 from superego.converters.streams import Conversation, Pack, Prefixes, mean_kl, predictions
@@ -155,7 +155,7 @@ def test_conversations_walked_aside_change_no_fit_and_are_measured_as_by_walks_o
         Conversation(rng.integers(3, 259, n).tolist(), rng.integers(3, 259, 14 - n).tolist())
         for n in (5, 2, 7, 4, 9, 3)
     ]
-    unseen = Unseen(talks[4:])
+    unseen = Aside(talks[4:])
     ridges = {"attn_output": 0.1, "ffn_down": 0.1}
     changes = solve(base, talks[:4], prefixes, 16, ridges, unseen=unseen)
     alone = solve(base, talks[:4], prefixes, 16, ridges)
