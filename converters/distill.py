@@ -195,6 +195,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     saved = read_checkpoint(job.checkpoint) if options.resume else None
     llm = opened.llm if opened else load(model, threads=options.threads, vocab_only=True)
     material = _gather(job, llm, opened, saved)
+    gathered = time.perf_counter() - started
     base, prefixes = material.opened.base, material.prompts.prefixes
     measured = Unseen(base, material.unseen, prefixes)
     key = _key(job, [*material.lessons, *material.own])
@@ -202,6 +203,9 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     begun = _begin(job, material, measured, anew, saved.origin(key) if saved else None)
     settings = {**settings, **anew} if begun.origin else settings
     spent = time.perf_counter() - started
+    seconds = {"references": gathered}
+    if begun.kl is not None:
+        seconds["fit"] = spent - gathered
     outcome = None
     least = job.budget * (_LEAST_TRAINING if begun.origin else _LEAST_WITHOUT_GAIN)
     # where another fit was tried in this run, little time may be left
@@ -250,7 +254,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
         _write(job, settings, outcome, material)
     if not outcome.interrupted:
         job.checkpoint.unlink(missing_ok=True)
-    return _report(job, outcome, material, spent)
+    return _report(job, outcome, material, seconds)
 
 
 def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | None) -> _Material:
@@ -406,7 +410,9 @@ def _write(job: _Job, settings: dict[str, Any], outcome: Outcome, material: _Mat
     write_adapter(job.output, job.model.architecture, pairs(outcome.changes), metadata)
 
 
-def _report(job: _Job, outcome: Outcome, material: _Material, writing: float) -> dict[str, Any]:
+def _report(
+    job: _Job, outcome: Outcome, material: _Material, seconds: dict[str, float]
+) -> dict[str, Any]:
     report: dict[str, Any] = {
         "adapter": str(job.output),
         "bytes": job.output.stat().st_size,
@@ -419,7 +425,10 @@ def _report(job: _Job, outcome: Outcome, material: _Material, writing: float) ->
         "trained on": len(material.lessons),
         "own examples": len(material.own),
         "curve": [(round(s, 1), round(r, 4)) for s, r in outcome.curve],
-        "seconds": {"references": round(writing, 1), "training": round(outcome.seconds, 1)},
+        "seconds": {
+            **{name: round(value, 1) for name, value in seconds.items()},
+            "training": round(outcome.seconds, 1),
+        },
         "peak memory MB": peak_memory() // 2**20,
     }
     if outcome.interrupted:

@@ -31,6 +31,8 @@ _MORE = 1.25  # times the references that the file was fitted to; fewer are not 
 _ROWS = 48  # tokens of a reference, about
 _EACH = 0.01  # seconds that one takes beside all products, at least
 _BESIDE = 10.0  # seconds that a fit takes however few they are, and what is measured around it
+_MISJUDGED = 1.5  # times as fast as the probe says, at most
+_TELLING = 90  # references that must have been written for their time to tell a pace
 _GAIN = 1.1  # times as many references must a fit be able to have by another block
 
 
@@ -45,8 +47,9 @@ class Allowance:
 
 
 def blocks_within(model: BaseModel, budget: float) -> int:
-    """How many blocks of references may be fitted in their share of so many seconds."""
-    most = fitted_within(read_shape(model.header), _ROWS, probe_dtype()[1], SHARE * budget)
+    """How many blocks of references may be fitted in their share of so many seconds, at most."""
+    shape, rate = read_shape(model.header), probe_dtype()[1]
+    most = fitted_within(shape, _ROWS, rate, _MISJUDGED * SHARE * budget)
     return sum(end - size < most for size, end in zip(BLOCKS, _ends(), strict=True))
 
 
@@ -79,15 +82,16 @@ def write_within(
 
     Returns them, and how many of them a fit has time for in what is left.
 
-    What a block took tells what the next one will; an estimate where none was written yet. Where
-    a fit shares the time, another block is written if the fit can then have more references than
-    it could have without, be it not all of that block.
+    What a block took tells what the next one and the fit will, better than a probe of a fraction
+    of a second; where none was written yet there is only that. Where a fit shares the time, another
+    block is written if the fit can then have more references than it could have without, be it
+    not all of that block.
     """
     shape, rate = opened.base.shape, opened.rate
     started = time.perf_counter()
     blocks = allowed.least
     found: Sequence[Conversation] = before
-    each: float | None = None  # seconds
+    pace = 1.0  # seconds that writing took, as a share of what the probe lets expect
     while True:
         mark, there = time.perf_counter(), len(found)
         found, cached = write_replies(
@@ -101,19 +105,22 @@ def write_within(
             opened.sizes.room,
             found,
         )
-        if len(found) - cached > there:
-            each = (time.perf_counter() - mark) / (len(found) - cached - there)
+        rows, written = rows_of(found), len(found) - cached - there
+        if written >= _TELLING:
+            took = time.perf_counter() - mark
+            pace = took / writing_seconds(shape, round(rows * written), rate)
         left = allowed.seconds - (time.perf_counter() - started)
-        rows = rows_of(found)
-        now = min(len(found), fitted_within(shape, rows, rate, left))
+        now = min(len(found), fitted_within(shape, rows, rate, left / pace))
         if blocks >= allowed.most:
             return found, now
         size = BLOCKS[blocks]
-        expected = writing_seconds(shape, round(rows * size), rate) if each is None else each * size
+        expected = pace * writing_seconds(shape, round(rows * size), rate)
         if not allowed.fitted and expected > left:
             return found, now
         if allowed.fitted:
-            then = min(len(found) + size, fitted_within(shape, rows, rate, left - expected))
+            then = min(
+                len(found) + size, fitted_within(shape, rows, rate, (left - expected) / pace)
+            )
             if then < max(1, _GAIN * now):
                 return found, now
         blocks += 1
