@@ -160,7 +160,8 @@ def _pack(
     chosen: list[Conversation], prefix: list[int], wanted: dict[int, torch.Tensor]
 ) -> tuple[Pack, torch.Tensor]:
     pack = Pack(chosen, prefix)
-    pack.rows = Rows(pack.rows.lengths, len(prefix), _CHUNK_ROWS)
+    if torch.get_default_device().type == "cpu":  # a GPU waits for operations, not for padding
+        pack.rows = Rows(pack.rows.lengths, len(prefix), _CHUNK_ROWS)
     return pack, torch.cat([wanted[id(c)] for c in pack.conversations])
 
 
