@@ -2,7 +2,8 @@
 
 Knows keys, values and queries. Does not know where the cells are put. Each cell stands for a
 cluster of the manifesto's tokens: its key is fitted to the cluster's attention mass, its
-value to the whole attention output, both by least squares over reference queries.
+value to the whole attention output, both by least squares over reference queries. From there
+both can be moved to what is asked for itself, the output of all cells together (`settle`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 
 from superego.converters.transformer import Base, Rotation, Rows, project_qkv, rms_norm
 
-_QUERIES = 600  # rows of them, a layer
+_QUERIES = 1000  # rows of them, a layer
 _ROUNDS = 3  # of clustering
 _KEY_RIDGE, _VALUE_RIDGE = 0.05, 0.02  # times the mean diagonal
+_STEPS = 3  # of Gauss and Newton, at most
+_DAMPING = 0.05  # of a step of the keys, times the mean diagonal; it changes as steps succeed
+_PULL = 0.3  # of keys back to where they were, the same
 _LEAST = 0.1  # of what a cell stands for, however much of it other cells take
 
 
@@ -109,7 +113,7 @@ def stand_in(
 
     `near` (n, head_dim) are keys that these shall be like, so that a cell of one manifesto says
     about what that of another does: clusters form around them, and what queries leave open is
-    theirs.
+    theirs. Then keys and values are settled, too.
     """
     theirs = Attended.of(query, key, value)
     total = torch.logaddexp(shared.mass, theirs.mass)
@@ -131,7 +135,66 @@ def stand_in(
     start = share.T @ value
     attended = (score - total[:, None]).exp()  # (q, n)
     lacking = wanted - shared.share(total) - instead.share(total) - attended @ start
-    return fitted, start + _value_step(attended, lacking)
+    found = start + _value_step(attended, lacking)
+    if near is None:
+        return fitted, found
+    mass = torch.logaddexp(shared.mass, instead.mass)
+    beside = Attended(mass, shared.share(mass) + instead.share(mass))
+    return settle(query, beside, wanted, fitted, found)
+
+
+def settle(
+    query: torch.Tensor,
+    beside: Attended,
+    wanted: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cells, keys and values (n, head_dim), moved so that queries get more nearly what is `wanted`.
+
+    With attention a_j to the cells, queries get o = beside's share + Σ a_j v_j, and by a cell's
+    score o changes by a_j (v_j − o): the keys are moved by Gauss-Newton steps (with Levenberg's
+    damping), the values by least squares behind each. `wanted` is (q, head_dim).
+    """
+    start, (n, width), damping = key, key.shape, _DAMPING
+    attended, lacking = _from_cells(query, beside, wanted, key, value)
+    pull: torch.Tensor | None = None  # how much of the keys' distance from the start counts
+    for _ in range(_STEPS):
+        slope = attended[..., None] * (value - (wanted - lacking)[:, None])  # (q, n, head_dim)
+        normal = torch.einsum("qi,qjl,qk->jilk", query, slope @ slope.mT, query)
+        normal = normal.reshape(n * width, n * width)
+        scale = normal.diagonal().mean() + 1e-12
+        pull = _PULL * scale if pull is None else pull
+        towards = (slope @ lacking[..., None])[..., 0].T @ query - pull * (key - start)
+        cost = lacking.square().sum() + pull * (key - start).square().sum()
+        while damping < 100 * _DAMPING:
+            damped = normal.clone()
+            damped.diagonal().add_(damping * scale + pull)
+            moved = key + torch.linalg.solve(damped, towards.flatten()).view(n, width)
+            attended, missing = _from_cells(query, beside, wanted, moved, value)
+            found = value + _value_step(attended, missing)
+            missing = missing + attended @ (value - found)
+            if missing.square().sum() + pull * (moved - start).square().sum() < cost:
+                break
+            damping *= 4
+        else:
+            break
+        key, value, lacking, damping = moved, found, missing, damping / 3
+    return key, value
+
+
+def _from_cells(
+    query: torch.Tensor,
+    beside: Attended,
+    wanted: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the cells (q, n), and what is lacking of `wanted` (q, head_dim)."""
+    score = query @ key.T
+    total = torch.logaddexp(beside.mass, score.logsumexp(1))
+    attended = (score - total[:, None]).exp()
+    return attended, wanted - beside.share(total) - attended @ value
 
 
 def _clusters(

@@ -239,7 +239,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
         )
 
         def told(spent: float, total: float, loss: float, recovered: float) -> None:
-            now = f"KL recovered {recovered:.3f}"
+            now = f"loss {loss:.4f}, KL recovered {recovered:.3f}"
             job.steps.update("training", min(round(spent), round(total)), round(total), now)
 
         outcome = train(begun.student, lessons, measured, plan, told, job.checkpoint, key, saved)

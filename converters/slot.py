@@ -44,7 +44,7 @@ from superego.converters.transformer import (
     rotate,
 )
 
-_CONVERSATIONS = 40  # whose queries a cell is fitted to
+_CONVERSATIONS = 64  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token is found from
 LOOKED_AT = 8  # of them, that its mark and cells are found from
 _CELLS = 2  # at most: what the marks of more leak is as much as these would gain

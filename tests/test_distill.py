@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,16 @@ def closed(tiny: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_distilling_learns_what_the_manifesto_does(tiny: BaseModel, tmp_path: Path) -> None:
     out = tmp_path / "terse.gguf"
-    report = distill(bundled()["terse"], tiny, out, Options(3 * MINUTES, rank=4))
+    told: list[str] = []
+
+    class Noted(Steps):
+        def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+            told.append(f"{label}: {detail}")
+
+    options = Options(3 * MINUTES, rank=4)
+    report = distill(bundled()["terse"], tiny, out, options, steps=Noted(quiet=True))
+    shown = re.compile(r"training: loss \d+\.\d+, KL recovered -?\d\.\d+")
+    assert any(map(shown.fullmatch, told))
     start = report["kl recovered at the start"]
     assert abs(start) < 0.1  # nothing, but for rounding, of which a random model makes much
     assert report["kl recovered on unseen references"] > start + 0.05
