@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from superego.converters.cells import Attended, stand_in
+from superego.converters.cells import Attended, settle, stand_in
 
 WIDTH = 16
 
@@ -84,3 +84,32 @@ def test_one_token_can_be_said_by_two_cells() -> None:
     wanted = answer(queries, front, (key, value))
     left = float((answer(queries, front, cells) - wanted).square().mean())
     assert left < 0.2 * float((answer(queries, front) - wanted).square().mean())
+
+
+def test_settled_cells_give_more_nearly_what_is_wanted_on_other_queries_too() -> None:
+    queries, unseen = drawn(600, 0) / 4, drawn(600, 50) / 4
+    front, manifesto = ((drawn(n, n), drawn(n, 100 + n)) for n in (5, 24))
+    shared = Attended.of(queries, *front)
+    cells = stand_in(queries, shared, *manifesto, none(queries), 2)
+    settled = settle(queries, shared, answer(queries, front, manifesto), *cells)
+
+    def left(asked: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor]) -> float:
+        wanted = answer(asked, front, manifesto)
+        return float((answer(asked, front, found) - wanted).square().mean())
+
+    assert left(queries, settled) < 0.9 * left(queries, cells)
+    assert left(unseen, settled) < 0.95 * left(unseen, cells)
+
+
+def test_cells_that_are_right_are_left_where_they_are() -> None:
+    queries = drawn(400, 0) / 4
+    front, cells = ((drawn(n, n), drawn(n, 100 + n)) for n in (5, 2))
+    wanted = answer(queries, front, cells)
+    found = settle(queries, Attended.of(queries, *front), wanted, *cells)
+    assert torch.allclose(found[0], cells[0], atol=1e-3)
+    assert torch.allclose(found[1], cells[1], atol=1e-2)
+    # and found again from a little way off
+    found = settle(queries, Attended.of(queries, *front), wanted, cells[0] + 0.1, cells[1])
+    assert float((answer(queries, front, found) - wanted).square().mean()) < 0.1 * float(
+        (answer(queries, front, (cells[0] + 0.1, cells[1])) - wanted).square().mean()
+    )
