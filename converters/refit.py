@@ -33,6 +33,7 @@ _EACH = 0.01  # seconds that one takes beside all products, at least
 _BESIDE = 10.0  # seconds that a fit takes however few they are, and what is measured around it
 _MISJUDGED = 1.5  # times as fast as the probe says, at most
 _TELLING = 90  # references that must have been written for their time to tell a pace
+_PACE = 2.0  # times faster or slower than estimated, at most: of a tiny base products tell little
 _GAIN = 1.1  # times as many references must a fit be able to have by another block
 
 
@@ -53,9 +54,9 @@ def blocks_within(model: BaseModel, budget: float) -> int:
     return sum(end - size < most for size, end in zip(BLOCKS, _ends(), strict=True))
 
 
-def fitted_within(shape: Shape, rows: float, rate: float, seconds: float) -> int:
-    """How many references of so many rows a fit has time for."""
-    each = fit_seconds(shape, 1, rate) * rows + _EACH
+def fitted_within(shape: Shape, rows: float, rate: float, seconds: float, pace: float = 1.0) -> int:
+    """How many references of so many rows a fit has time for, at `pace` times what is estimated."""
+    each = pace * fit_seconds(shape, 1, rate) * rows + _EACH
     return max(0, int((seconds - _BESIDE) / each))
 
 
@@ -110,7 +111,8 @@ def write_within(
             took = time.perf_counter() - mark
             pace = took / writing_seconds(shape, round(rows * written), rate)
         left = allowed.seconds - (time.perf_counter() - started)
-        now = min(len(found), fitted_within(shape, rows, rate, left / pace))
+        fits = min(max(pace, 1 / _PACE), _PACE)
+        now = min(len(found), fitted_within(shape, rows, rate, left, fits))
         if blocks >= allowed.most:
             return found, now
         size = BLOCKS[blocks]
@@ -118,9 +120,7 @@ def write_within(
         if not allowed.fitted and expected > left:
             return found, now
         if allowed.fitted:
-            then = min(
-                len(found) + size, fitted_within(shape, rows, rate, (left - expected) / pace)
-            )
+            then = min(len(found) + size, fitted_within(shape, rows, rate, left - expected, fits))
             if then < max(1, _GAIN * now):
                 return found, now
         blocks += 1
