@@ -33,6 +33,12 @@ class Checkpoint:
         found = self.state.get("references")
         return found if type(found) is int and found > 0 else None
 
+    @property
+    def fitted(self) -> int:
+        """How many of them its student was fitted to, where that was no file's."""
+        found = self.state.get("fitted")
+        return found if type(found) is int and found > 0 else 0
+
     def of(self, key: str) -> dict[str, Any] | None:
         """The state, where it was made from what this key stands for."""
         return self.state if self.state.get("key") == key else None

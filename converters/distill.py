@@ -235,6 +235,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
             seed=options.seed,
             references=len(material.conversations),
             origin=begun.origin,
+            fitted=len(material.to_fit) if begun.origin else 0,
             kl_start=begun.kl,
         )
 
@@ -285,6 +286,8 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
     conversations, fits = refit.write_within(
         llm, opened, model, prompts, allowed, before, options.use_cache, job.steps
     )
+    if saved is not None:  # nothing is fitted again
+        fits = saved.fitted
     fresh = [c for c in conversations if tuple(c.prompt) not in fitted]
     unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
     if not unseen_n:

@@ -56,6 +56,7 @@ class Plan:
     seed: int = 0
     references: int = 0  # that were written for it; kept for a run that goes on
     origin: Origin | None = None  # that the student was made from, where it is no file's
+    fitted: int = 0  # references that it was fitted to, then
     kl_start: float | None = None  # of the student on the unseen conversations, where it is known
 
 
@@ -344,6 +345,7 @@ class _Run:
         state = {
             "key": key,
             "references": self.plan.references,
+            "fitted": self.plan.fitted,
             "seconds": seconds,
             "steps": outcome.steps,
             "taken": self._taken,
