@@ -156,8 +156,16 @@ def settle(
     score o changes by a_j (v_j − o): the keys are moved by Gauss-Newton steps (with Levenberg's
     damping), the values by least squares behind each. `wanted` is (q, head_dim).
     """
+
+    def at(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention to the cells (q, n), and what is lacking of `wanted` (q, head_dim)."""
+        score = query @ key.T
+        total = torch.logaddexp(beside.mass, score.logsumexp(1))
+        attended = (score - total[:, None]).exp()
+        return attended, wanted - beside.share(total) - attended @ value
+
     start, (n, width), damping = key, key.shape, _DAMPING
-    attended, lacking = _from_cells(query, beside, wanted, key, value)
+    attended, lacking = at(key, value)
     pull: torch.Tensor | None = None  # how much of the keys' distance from the start counts
     for _ in range(_STEPS):
         slope = attended[..., None] * (value - (wanted - lacking)[:, None])  # (q, n, head_dim)
@@ -171,7 +179,7 @@ def settle(
             damped = normal.clone()
             damped.diagonal().add_(damping * scale + pull)
             moved = key + torch.linalg.solve(damped, towards.flatten()).view(n, width)
-            attended, missing = _from_cells(query, beside, wanted, moved, value)
+            attended, missing = at(moved, value)
             found = value + _value_step(attended, missing)
             missing = missing + attended @ (value - found)
             if missing.square().sum() + pull * (moved - start).square().sum() < cost:
@@ -181,20 +189,6 @@ def settle(
             break
         key, value, lacking, damping = moved, found, missing, damping / 3
     return key, value
-
-
-def _from_cells(
-    query: torch.Tensor,
-    beside: Attended,
-    wanted: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to the cells (q, n), and what is lacking of `wanted` (q, head_dim)."""
-    score = query @ key.T
-    total = torch.logaddexp(beside.mass, score.logsumexp(1))
-    attended = (score - total[:, None]).exp()
-    return attended, wanted - beside.share(total) - attended @ value
 
 
 def _clusters(

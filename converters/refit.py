@@ -51,22 +51,15 @@ def blocks_within(model: BaseModel, budget: float) -> int:
     """How many blocks of references may be fitted in their share of so many seconds, at most."""
     shape, rate = read_shape(model.header), probe_dtype()[1]
     most = fitted_within(shape, _ROWS, rate, _MISJUDGED * SHARE * budget)
-    return sum(end - size < most for size, end in zip(BLOCKS, _ends(), strict=True))
+    return sum(
+        end - size < most for size, end in zip(BLOCKS, itertools.accumulate(BLOCKS), strict=True)
+    )
 
 
 def fitted_within(shape: Shape, rows: float, rate: float, seconds: float, pace: float = 1.0) -> int:
     """How many references of so many rows a fit has time for, at `pace` times what is estimated."""
     each = pace * fit_seconds(shape, 1, rate) * rows + _EACH
     return max(0, int((seconds - _BESIDE) / each))
-
-
-def rows_of(conversations: Sequence[Conversation]) -> float:
-    """Rows of a reference, on average."""
-    return sum(len(c.prompt) + len(c.reply) - 1 for c in conversations) / len(conversations)
-
-
-def _ends() -> list[int]:
-    return list(itertools.accumulate(BLOCKS))
 
 
 def write_within(
@@ -106,7 +99,8 @@ def write_within(
             opened.sizes.room,
             found,
         )
-        rows, written = rows_of(found), len(found) - cached - there
+        rows = sum(len(c.prompt) + len(c.reply) - 1 for c in found) / len(found)
+        written = len(found) - cached - there
         if written >= _TELLING:
             took = time.perf_counter() - mark
             pace = took / writing_seconds(shape, round(rows * written), rate)
