@@ -52,6 +52,7 @@ _WRITING = 0.4  # of the budget, at most, for the references
 # of the budget, behind a fit that was better and one that was not; less is not worth preparing
 _LEAST_TRAINING, _LEAST_WITHOUT_GAIN = 0.25, 0.1
 _DISTILL_RATE, _REFINE_RATE = 2e-3, 2e-4  # of Adam
+_REFINE_ROWS = 2048  # of a step: what is left to gain is less than what few rows say by chance
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
         plan = Plan(
             max(job.budget - spent, 1.0),
             _DISTILL_RATE if start is None else _REFINE_RATE,
+            rows=None if start is None else _REFINE_ROWS,
             seed=options.seed,
             references=len(material.conversations),
             origin=begun.origin,

@@ -33,7 +33,11 @@ from superego.converters.transformer import Base, Rows
 
 _CHUNK_ROWS = 384  # attended to at once: conversations of like length, little padding
 _WARM_UP = 8  # steps
-_ANCHOR_ROWS = 512
+_AT_ONCE = 1024  # rows whose activations lie in memory
+_ROWS = (128, 2048)  # of a step, at least and at most
+_PER_STEP = 8  # rows that a step has for each step that there is time for
+_DEARER = 6.0  # a row in a step than one that is measured
+_ANCHOR_ROWS = 0.25  # of a step's
 _ANCHOR_WEIGHT = 0.5  # of each of the two no-harm terms, at every fourth step
 _OWN_WEIGHT = 0.5  # of the user's examples, at every step
 _CHECKS = 10  # on unseen conversations, a run, at most
@@ -42,6 +46,7 @@ _RECITED = 6.0  # medians of what the bare base lacks, from which on a reply is 
 _BETAS = (0.9, 0.99)  # of Adam
 
 Told = Callable[[float, float, float, float], None]  # seconds, budget, loss, KL recovered
+Lesson = tuple[Pack, torch.Tensor]  # conversations, and what is to be said in them
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,7 @@ class Plan:
 
     seconds: float  # of training, checks included
     rate: float  # Adam's step
-    rows: int = 1024  # whose activations lie in memory at once
-    parts: int = 2  # of so many rows, a step
+    rows: int | None = None  # of a step; as many as time allows where it is None
     average: float = 0.9  # of the weights' moving average, which is what is kept
     seed: int = 0
     references: int = 0  # that were written for it; kept for a run that goes on
@@ -113,66 +117,90 @@ class Lessons:
         self._plain_prefix = plain_prefix
         self._own = list(own)
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
-        self._wanted = _streams(base, self._conversations, prefixes.teacher)
-        self._unchanged = _streams(base, self._plain, plain_prefix) if plain else {}
+        self._wanted = _Said(base, prefixes.teacher)
+        self._unchanged = _Said(base, plain_prefix)
 
-    def packs(self, rows: int) -> Iterator[tuple[Pack, torch.Tensor]]:
+    def packs(self, rows: int) -> Iterator[Lesson]:
         """Packs of about `rows` rows behind the student's prefix, without end, and targets."""
         yield from self._endless(self._conversations, self._prefixes.student, self._wanted, rows)
 
-    def returns(self) -> Iterator[tuple[Pack, torch.Tensor]]:
+    def returns(self, rows: int) -> Iterator[Lesson]:
         """Conversations with the manifesto in front: nothing is to be added to it."""
-        yield from self._endless(
-            self._conversations, self._prefixes.teacher, self._wanted, _ANCHOR_ROWS
-        )
+        yield from self._endless(self._conversations, self._prefixes.teacher, self._wanted, rows)
 
-    def neutral(self) -> Iterator[tuple[Pack, torch.Tensor]]:
+    def neutral(self, rows: int) -> Iterator[Lesson]:
         """Plain text, which is to stay as it is."""
-        yield from self._endless(self._plain, self._plain_prefix, self._unchanged, _ANCHOR_ROWS)
+        yield from self._endless(self._plain, self._plain_prefix, self._unchanged, rows)
 
-    def examples(self) -> Iterator[tuple[Pack, torch.Tensor]]:
+    def examples(self, rows: int) -> Iterator[Lesson]:
         """The user's examples and their own tokens, (n,); nothing where there are none."""
         if self._own:
-            said = {id(c): torch.tensor(c.reply) for c in self._own}
-            yield from self._endless(self._own, self._prefixes.student, said, _ANCHOR_ROWS)
+            yield from self._endless(self._own, self._prefixes.student, _written, rows)
 
     def _endless(
         self,
         conversations: Sequence[Conversation],
         prefix: list[int],
-        wanted: dict[int, torch.Tensor],
+        wanted: Callable[[Sequence[Conversation]], torch.Tensor],
         rows: int,
-    ) -> Iterator[tuple[Pack, torch.Tensor]]:
+    ) -> Iterator[Lesson]:
         while True:
-            chosen: list[Conversation] = []
-            n = 0
             order = torch.randperm(len(conversations), generator=self._generator, device="cpu")
-            for i in order.tolist():
-                length = len(conversations[i].prompt) + len(conversations[i].reply) - 1
-                if chosen and n + length > rows:
-                    yield _pack(chosen, prefix, wanted)
-                    chosen, n = [], 0
-                chosen.append(conversations[i])
-                n += length
-            yield _pack(chosen, prefix, wanted)
+            shuffled = [conversations[i] for i in order.tolist()]
+            for several in _parted(shuffled, max(rows, _AT_ONCE)):
+                wanted(several)  # at once: each reading has the whole prefix in front
+                for chosen in _parted(several, rows):
+                    yield _lesson(chosen, prefix, wanted)
 
 
-def _pack(
-    chosen: list[Conversation], prefix: list[int], wanted: dict[int, torch.Tensor]
-) -> tuple[Pack, torch.Tensor]:
+def _parted(conversations: Sequence[Conversation], rows: int) -> Iterator[list[Conversation]]:
+    """The same in parts of so many rows, or of one conversation that has more."""
+    part: list[Conversation] = []
+    n = 0
+    for each in conversations:
+        length = len(each.prompt) + len(each.reply) - 1
+        if part and n + length > rows:
+            yield part
+            part, n = [], 0
+        part.append(each)
+        n += length
+    yield part
+
+
+class _Said:
+    """The bare base's last streams before replies, behind a prefix: each computed when asked for.
+
+    A short training on a slow machine sees few of what references there are.
+    """
+
+    def __init__(self, base: Base, prefix: list[int]) -> None:
+        self._base, self._prefix = base, prefix
+        self._known: dict[int, torch.Tensor] = {}  # by the conversation's id
+
+    def __call__(self, conversations: Sequence[Conversation]) -> torch.Tensor:
+        """(n, d_model), one conversation after another."""
+        missing = [c for c in conversations if id(c) not in self._known]
+        if missing:
+            pack = Pack(missing, self._prefix)
+            parts = predictions(self._base, pack).split([len(c.reply) for c in pack.conversations])
+            self._known |= {id(c): p for c, p in zip(pack.conversations, parts, strict=True)}
+        return torch.cat([self._known[id(c)] for c in conversations])
+
+
+def _written(conversations: Sequence[Conversation]) -> torch.Tensor:
+    """The replies' own tokens, (n,)."""
+    return torch.cat([torch.tensor(c.reply) for c in conversations])
+
+
+def _lesson(
+    chosen: list[Conversation],
+    prefix: list[int],
+    wanted: Callable[[Sequence[Conversation]], torch.Tensor],
+) -> Lesson:
     pack = Pack(chosen, prefix)
     if torch.get_default_device().type == "cpu":  # a GPU waits for operations, not for padding
         pack.rows = Rows(pack.rows.lengths, len(prefix), _CHUNK_ROWS)
-    return pack, torch.cat([wanted[id(c)] for c in pack.conversations])
-
-
-def _streams(
-    base: Base, conversations: Sequence[Conversation], prefix: list[int]
-) -> dict[int, torch.Tensor]:
-    """The bare base's last stream at the rows that predict each conversation's reply."""
-    pack = Pack(conversations, prefix)
-    parts = predictions(base, pack).split([len(c.reply) for c in pack.conversations])
-    return {id(c): part for c, part in zip(pack.conversations, parts, strict=True)}
+    return pack, wanted(pack.conversations)
 
 
 class Unseen:
@@ -195,6 +223,7 @@ class Unseen:
         self._pack = Pack(list(compress(pack.conversations, kept)), prefixes.student)
         self._wanted = torch.cat(list(compress(wanted.split(lengths), kept)))
         self.kl_base = float(each[torch.tensor(kept)].mean())
+        self.rows = self._pack.rows.total
         self.seconds = 0.0  # that a measure took, the last time
 
     def kl(self, streams: torch.Tensor) -> float:
@@ -241,8 +270,11 @@ def train(
         outcome.curve = kept["curve"]
     if not outcome.curve:
         outcome.curve.append((0.0, outcome.recovered_at_start))
-    packs, anchors = lessons.packs(plan.rows), [lessons.returns(), lessons.neutral()]
-    own = lessons.examples()
+    rows = plan.rows or rows_within(until, unseen.rows / max(unseen.seconds, 1e-9))
+    n_parts = -(-rows // _AT_ONCE)
+    beside = max(1, int(_ANCHOR_ROWS * rows))
+    packs = lessons.packs(rows // n_parts)
+    anchors, own = [lessons.returns(beside), lessons.neutral(beside)], lessons.examples(beside)
     between = max(plan.seconds / _CHECKS, _APART * unseen.seconds)
     loss, check = math.nan, before + between
 
@@ -267,7 +299,7 @@ def train(
             share = mark / max(until, 1e-9)
             if outcome.steps % 4 == 0:
                 extra = next(anchors[(outcome.steps // 4) % 2])
-            parts = [next(packs) for _ in range(plan.parts)]
+            parts = [next(packs) for _ in range(n_parts)]
             found = run.step(parts, extra, next(own, None), share)
             stepping = spent() - mark
             loss = found if math.isnan(loss) else 0.9 * loss + 0.1 * found
@@ -289,6 +321,16 @@ def train(
     return outcome
 
 
+def rows_within(seconds: float, measured: float) -> int:
+    """A step's rows, where `measured` of them are read a second when it is measured.
+
+    Time for more rows is spent on larger steps and on more of them alike. Few large ones learn
+    less: a slow machine has one step of 2,048 rows in a minute, or a dozen that reach further.
+    """
+    total = seconds * measured / _DEARER
+    return min(max(int((total * _PER_STEP) ** 0.5), _ROWS[0]), _ROWS[1])
+
+
 class _Run:
     """Adam's state and the moving average of the weights."""
 
@@ -300,9 +342,9 @@ class _Run:
 
     def step(
         self,
-        lessons: list[tuple[Pack, torch.Tensor]],
-        extra: tuple[Pack, torch.Tensor] | None,
-        own: tuple[Pack, torch.Tensor] | None,
+        lessons: list[Lesson],
+        extra: Lesson | None,
+        own: Lesson | None,
         share: float,
     ) -> float:
         """One step of the schedule at this share of the budget; returns the lessons' mean loss."""
@@ -325,7 +367,7 @@ class _Run:
                     mean.lerp_(now, 1 - decay)
         return sum(losses)
 
-    def _backward(self, lesson: tuple[Pack, torch.Tensor], weight: float) -> float:
+    def _backward(self, lesson: Lesson, weight: float) -> float:
         pack, wanted = lesson
         with torch.enable_grad():
             streams = self.student.forward(pack)
