@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 METHOD = "closed-form"
 _REACHED, _FIT_REACHED = 0.65, 0.9  # of the probe's rate, by products of few rows and of many
 # GFLOP/s that all else than products would allow, on a processor and on a GPU
-_WRITING_REST, _FIT_REST = {True: 400.0, False: 1000.0}, {True: 550.0, False: 8000.0}
+_WRITING_REST, _FIT_REST = (400.0, 1000.0), (550.0, 8000.0)
 _BESIDE = 9  # seconds: imports, opening, the search for the slot
 # GFLOP/s of matrix products from which on a machine has all of an effort's references
 _FAST = {"quick": 1000.0, "standard": 250.0, "thorough": 350.0}
@@ -307,17 +307,18 @@ def writing_seconds(shape: Shape, rows: int, rate: float) -> float:
     What is not products takes as long on every processor: measured with the 135M model at 106,
     430 and 2,800 GFLOP/s, and on one GPU.
     """
-    return 2e-9 * shape.n_weights * rows * (1 / (_REACHED * rate) + 1 / _WRITING_REST[_on_cpu()])
+    return 2e-9 * shape.n_weights * rows * (1 / (_REACHED * rate) + 1 / _WRITING_REST[_on_gpu()])
 
 
 def fit_seconds(shape: Shape, rows: int, rate: float) -> float:
     """About how long a fit of so many rows takes, as `writing_seconds`."""
-    each = 1 / (_FIT_REACHED * rate) + 1 / _FIT_REST[_on_cpu()]
+    each = 1 / (_FIT_REACHED * rate) + 1 / _FIT_REST[_on_gpu()]
     return 1e-9 * fit_operations(shape, rows) * each
 
 
-def _on_cpu() -> bool:
-    return torch.get_default_device().type == "cpu"
+def _on_gpu() -> int:
+    """Which of a constant's two numbers holds: 0 on a processor, 1 on a GPU."""
+    return int(torch.get_default_device().type != "cpu")
 
 
 def fit_operations(shape: Shape, rows: int) -> float:

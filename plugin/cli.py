@@ -192,7 +192,8 @@ def compile(
     slow = place.type == "cpu" and compiler.is_slow(effort, threads)
     settings = compiler.Settings.for_effort(effort, rank, seed, slow)
     if dry_run:
-        plan = compiler.plan(text, model, settings, threads, memory)
+        with devices.on(place):
+            plan = compiler.plan(text, model, settings, threads, memory)
         click.echo(json.dumps(plan, indent=2) if as_json else table(plan))
         return
     check_writable(output, Path(manifesto))

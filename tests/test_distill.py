@@ -407,3 +407,40 @@ def test_replies_that_recite_the_manifesto_are_not_measured_on(
     measured = Unseen(base, talks, prefixes)
     assert measured.kl_base == pytest.approx(np.mean(sorted(alone)[:3]), rel=1e-4)
     assert measured.of(Student(base, {}, None)) == pytest.approx(measured.kl_base, rel=1e-4)
+
+
+def test_the_teacher_is_read_only_for_what_is_trained_on(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_grad_enabled(False)
+    base = Base(tiny.header, torch.float32, resident=True)
+    prefixes = Prefixes([5, 6, 7, 8, 9], [5, 6, 9])
+    talks = [Conversation([i, i + 1], [i + 2, i + 3, i + 4]) for i in range(10, 90)]
+    read: list[int] = []
+
+    def noted(base: Base, pack: Pack) -> torch.Tensor:
+        read.append(len(pack.conversations))
+        return predictions(base, pack)
+
+    monkeypatch.setattr(training, "predictions", noted)
+    monkeypatch.setattr(training, "_AT_ONCE", 40)  # rows, of which each of these has four
+    lessons = training.Lessons(base, talks, prefixes, [], [], [], seed=0)
+    assert not read
+    packs = lessons.packs(12)
+    for _ in range(4):
+        pack, wanted = next(packs)
+        assert len(pack.conversations) in (1, 3)
+        teacher = predictions(base, Pack(pack.conversations, prefixes.teacher))
+        assert torch.allclose(wanted, teacher, rtol=1e-3, atol=1e-4)
+    assert read == [10]  # at once, for four packs
+    for _ in range(100):
+        next(packs)
+    assert sum(read) == len(talks)  # each once, however often it comes
+
+
+def test_a_step_has_more_rows_where_there_is_time_for_more_steps() -> None:
+    minute = training.rows_within(60, 300)  # on a laptop
+    assert 128 < minute < 256
+    assert training.rows_within(240, 300) == pytest.approx(2 * minute, abs=2)  # and twice the steps
+    assert training.rows_within(1, 300) == 128
+    assert training.rows_within(600, 30_000) == 2048  # on a GPU
