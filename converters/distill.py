@@ -238,7 +238,8 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
             references=len(material.conversations),
             origin=begun.origin,
             fitted=len(material.to_fit) if begun.origin else 0,
-            kl_start=begun.kl,
+            # an adapter that is all new changes nothing yet
+            kl_start=measured.kl_base if start is None else begun.kl,
         )
 
         def told(spent: float, total: float, loss: float, recovered: float) -> None:

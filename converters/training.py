@@ -125,12 +125,20 @@ class Lessons:
         yield from self._endless(self._conversations, self._prefixes.student, self._wanted, rows)
 
     def returns(self, rows: int) -> Iterator[Lesson]:
-        """Conversations with the manifesto in front: nothing is to be added to it."""
-        yield from self._endless(self._conversations, self._prefixes.teacher, self._wanted, rows)
+        """Conversations with the manifesto in front: nothing is to be added to it.
+
+        Of those that `packs` has given out or read ahead: the teacher has been read for them.
+        """
+        while True:
+            read = self._wanted.known(self._conversations) or self._conversations
+            for chosen in _parted(self._shuffled(read), rows):
+                yield _lesson(chosen, self._prefixes.teacher, self._wanted)
 
     def neutral(self, rows: int) -> Iterator[Lesson]:
         """Plain text, which is to stay as it is."""
-        yield from self._endless(self._plain, self._plain_prefix, self._unchanged, rows)
+        while True:
+            for chosen in _parted(self._shuffled(self._plain), rows):
+                yield _lesson(chosen, self._plain_prefix, self._unchanged)
 
     def examples(self, rows: int) -> Iterator[Lesson]:
         """The user's examples and their own tokens, (n,); nothing where there are none."""
@@ -145,12 +153,14 @@ class Lessons:
         rows: int,
     ) -> Iterator[Lesson]:
         while True:
-            order = torch.randperm(len(conversations), generator=self._generator, device="cpu")
-            shuffled = [conversations[i] for i in order.tolist()]
-            for several in _parted(shuffled, max(rows, _AT_ONCE)):
+            for several in _parted(self._shuffled(conversations), max(rows, _AT_ONCE)):
                 wanted(several)  # at once: each reading has the whole prefix in front
                 for chosen in _parted(several, rows):
                     yield _lesson(chosen, prefix, wanted)
+
+    def _shuffled(self, conversations: Sequence[Conversation]) -> list[Conversation]:
+        order = torch.randperm(len(conversations), generator=self._generator, device="cpu")
+        return [conversations[i] for i in order.tolist()]
 
 
 def _parted(conversations: Sequence[Conversation], rows: int) -> Iterator[list[Conversation]]:
@@ -176,6 +186,10 @@ class _Said:
     def __init__(self, base: Base, prefix: list[int]) -> None:
         self._base, self._prefix = base, prefix
         self._known: dict[int, torch.Tensor] = {}  # by the conversation's id
+
+    def known(self, conversations: Sequence[Conversation]) -> list[Conversation]:
+        """Those of them for which it need not be computed any more."""
+        return [c for c in conversations if id(c) in self._known]
 
     def __call__(self, conversations: Sequence[Conversation]) -> torch.Tensor:
         """(n, d_model), one conversation after another."""
@@ -217,14 +231,15 @@ class Unseen:
         pack = Pack(conversations, prefixes.student)
         lengths = [len(c.reply) for c in pack.conversations]
         wanted = predictions(base, Pack(conversations, prefixes.teacher))
+        started = time.perf_counter()
         (bare,) = token_kl(base, wanted, predictions(base, pack))
+        self.seconds = time.perf_counter() - started  # that a measure took, the last time
         each = torch.stack([part.mean() for part in bare.split(lengths)])
         kept = (each <= _RECITED * each.median()).tolist()
         self._pack = Pack(list(compress(pack.conversations, kept)), prefixes.student)
         self._wanted = torch.cat(list(compress(wanted.split(lengths), kept)))
         self.kl_base = float(each[torch.tensor(kept)].mean())
         self.rows = self._pack.rows.total
-        self.seconds = 0.0  # that a measure took, the last time
 
     def kl(self, streams: torch.Tensor) -> float:
         """KL to the teacher of a student's last streams, nats a token."""
@@ -297,9 +312,9 @@ def train(
         while outcome.steps == 0 or spent() + stepping < until:
             mark, extra = spent(), None
             share = mark / max(until, 1e-9)
-            if outcome.steps % 4 == 0:
-                extra = next(anchors[(outcome.steps // 4) % 2])
             parts = [next(packs) for _ in range(n_parts)]
+            if outcome.steps % 4 == 3:  # nothing can be harmed before the first step
+                extra = next(anchors[(outcome.steps // 4) % 2])
             found = run.step(parts, extra, next(own, None), share)
             stepping = spent() - mark
             loss = found if math.isnan(loss) else 0.9 * loss + 0.1 * found

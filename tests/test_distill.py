@@ -433,6 +433,9 @@ def test_the_teacher_is_read_only_for_what_is_trained_on(
         teacher = predictions(base, Pack(pack.conversations, prefixes.teacher))
         assert torch.allclose(wanted, teacher, rtol=1e-3, atol=1e-4)
     assert read == [10]  # at once, for four packs
+    returned, wanted = next(lessons.returns(12))
+    assert torch.allclose(wanted, predictions(base, returned), rtol=1e-3, atol=1e-4)
+    assert read == [10]  # what is known already
     for _ in range(100):
         next(packs)
     assert sum(read) == len(talks)  # each once, however often it comes
