@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +125,6 @@ class _Material:
     def conversations(self) -> list[Conversation]:
         return [*self.seen, *self.unseen]
 
-    @property
-    def to_fit(self) -> list[Conversation]:
-        return self.seen[: self.fits]
-
 
 @dataclass
 class _Beginning:
@@ -139,6 +135,8 @@ class _Beginning:
     origin: Origin | None = None  # that it was fitted to be, where it is not the file's
     kl_file: float | None = None  # of the file, where another fit was tried or is gone on with
     interrupted: bool = False
+    fitted: int = 0  # references that the origin was fitted to
+    settings: dict[str, Any] = field(default_factory=dict)  # that it was fitted by
 
 
 def distill(
@@ -200,9 +198,9 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     base, prefixes = material.opened.base, material.prompts.prefixes
     measured = Unseen(base, material.unseen, prefixes)
     key = _key(job, [*material.lessons, *material.own])
-    anew = refit.settings_for(settings, len(material.to_fit), base)
-    begun = _begin(job, material, measured, anew, saved.origin(key) if saved else None)
-    settings = {**settings, **anew} if begun.origin else settings
+    until = started + refit.SHARE * job.budget
+    begun = _begin(job, material, measured, settings, until, saved.origin(key) if saved else None)
+    settings = {**settings, **begun.settings}
     spent = time.perf_counter() - started
     seconds = {"references": gathered}
     if begun.kl is not None:
@@ -237,7 +235,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
             seed=options.seed,
             references=len(material.conversations),
             origin=begun.origin,
-            fitted=len(material.to_fit) if begun.origin else 0,
+            fitted=begun.fitted,
             # an adapter that is all new changes nothing yet
             kl_start=measured.kl_base if start is None else begun.kl,
         )
@@ -309,12 +307,14 @@ def _begin(
     job: _Job,
     material: _Material,
     measured: Unseen,
-    anew: dict[str, Any],
+    settings: dict[str, Any],
+    until: float,
     origin: Origin | None,
 ) -> _Beginning:
     """The start as a student, or a closed form of all references where that is better.
 
-    `origin` is what an interrupted run began with, which is not fitted again.
+    It is to be there `until` then. `settings` are the start's, and `origin` is what an interrupted
+    run began with, which is not fitted again.
     """
     base, start, options = material.opened.base, job.start, job.options
     changes: Origin = changes_of(start) if start is not None else ({}, None)
@@ -322,19 +322,27 @@ def _begin(
     if start is None:
         student.add(options.rank, options.targets, options.seed)
     student.keep_slot()
+    seen = material.seen[: material.fits]
     if origin:
-        return _Beginning(student, None, origin, measured.of(Student(base, *changes)))
-    if not job.fits_again or not refit.worth_it(len(material.to_fit), material.fitted):
+        kl = measured.of(Student(base, *changes))
+        anew = refit.settings_for(settings, len(seen), base)
+        return _Beginning(student, None, origin, kl, fitted=len(seen), settings=anew)
+    least = refit.least(material.fitted)
+    if not job.fits_again or len(seen) < least:
         return _Beginning(student, None)
     before = measured.of(student)
     try:
-        found = refit.fit_again(material.opened, material.prompts, material.to_fit, anew, job.steps)
+        found = refit.fit_again(
+            material.opened, material.prompts, seen, settings, until, job.steps, least
+        )
     except KeyboardInterrupt:
         return _Beginning(student, before, None, before, interrupted=True)
-    fitted = Student(base, *found)
-    kl = measured.of(fitted)
-    if kl < before:
-        return _Beginning(fitted, kl, found, before)
+    if found is not None:
+        fitted = Student(base, *found.origin)
+        kl = measured.of(fitted)
+        if kl < before:
+            n = found.references
+            return _Beginning(fitted, kl, found.origin, before, False, n, found.settings)
     return _Beginning(student, before, None, before)
 
 

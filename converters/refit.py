@@ -7,8 +7,9 @@ training, nor what is kept of the outcome.
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ _BESIDE = 10.0  # seconds that a fit takes however few they are, and what is mea
 _MISJUDGED = 1.5  # times as fast as the probe says, at most
 _TELLING = 90  # references that must have been written for their time to tell a pace
 _PACE = 2.0  # times faster or slower than estimated, at most: of a tiny base products tell little
+_FIRST_LAYERS = 3  # behind the first one, by which a fit is timed
+_LATE = 1.05  # times what is left, that it may then be expected to take
 _GAIN = 1.1  # times as many references must a fit be able to have by another block
 
 
@@ -120,9 +123,9 @@ def write_within(
         blocks += 1
 
 
-def worth_it(references: int, before: int) -> bool:
-    """Whether so many references are enough more than there were before."""
-    return references >= _MORE * before
+def least(before: int) -> int:
+    """How many references are enough more than there were before to be worth a fit."""
+    return math.ceil(_MORE * before)
 
 
 def settings_for(before: dict[str, Any], n: int, base: Base) -> dict[str, Any]:
@@ -133,21 +136,73 @@ def settings_for(before: dict[str, Any], n: int, base: Base) -> dict[str, Any]:
     return {"rank": rank, "ridge": known.ridge, "ridge_ffn": known.ridge_ffn, "most": n}
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A closed form fitted anew: to how many references, and by which settings."""
+
+    origin: Origin
+    references: int
+    settings: dict[str, Any]
+
+
+class _TooSlow(Exception):
+    """A fit's first layers tell that it would not be done in time."""
+
+    def __init__(self, share: float) -> None:
+        """`share` of the references can be fitted in what is left."""
+        super().__init__()
+        self.share = share
+
+
 def fit_again(
     opened: Opened,
     prompts: Prompts,
     seen: Sequence[Conversation],
-    settings: dict[str, Any],
+    before: dict[str, Any],
+    until: float,
     steps: Steps,
-) -> Origin:
-    """The closed form of all references that are there now."""
-    changes = solve(
-        opened.base,
-        seen,
-        prompts.prefixes,
-        settings["rank"],
-        {"attn_output": settings["ridge"], "ffn_down": settings["ridge_ffn"]},
-        lambda done, total: steps.update("solving layers", done, total),
-        opened.slots,
-    )
-    return changes, opened.slots.of(opened.base, [c.prompt for c in seen], prompts.prefixes)
+    least: int = 1,
+) -> Fitted | None:
+    """The closed form of all references that are there now, or of as many as there is time for.
+
+    What writing took tells a fit's pace within a quarter. Its own first layers tell it better, and
+    are walked again with fewer references where it would not be done `until` then, by
+    time.perf_counter. None where fewer than `least` would be left. `before` are the settings that
+    the start was made with.
+    """
+    while len(seen) >= least:
+        settings = settings_for(before, len(seen), opened.base)
+        try:
+            changes = solve(
+                opened.base,
+                seen,
+                prompts.prefixes,
+                settings["rank"],
+                {"attn_output": settings["ridge"], "ffn_down": settings["ridge_ffn"]},
+                _watched(until, steps),
+                opened.slots,
+            )
+        except _TooSlow as found:
+            seen = seen[: int(found.share * len(seen))]
+            continue
+        slot = opened.slots.of(opened.base, [c.prompt for c in seen], prompts.prefixes)
+        return Fitted((changes, slot), len(seen), settings)
+    return None
+
+
+def _watched(until: float, steps: Steps) -> Callable[[int, int], None]:
+    """A fit's progress, shown, and ended early where its first layers take too long."""
+    first = 0.0
+
+    def told(done: int, total: int) -> None:
+        nonlocal first
+        steps.update("solving layers", done, total)
+        now = time.perf_counter()
+        if done == 1:  # the slot was looked for in front of it
+            first = now
+        elif done == 1 + _FIRST_LAYERS < total:
+            each, left = (now - first) / _FIRST_LAYERS, until - now
+            if each * (total - done) > _LATE * left:
+                raise _TooSlow(max(left, 0.0) / (each * total))
+
+    return told

@@ -1,0 +1,70 @@
+"""Fitting anew within a time: to as many references as the fit's own first layers bear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from superego.converters import refit
+from superego.converters.streams import Conversation
+from superego.progress import Steps
+
+LAYERS, SLOT = 30, 5.0  # seconds that a slot is looked for, in front of the first layer
+TALKS = [Conversation([i], [i]) for i in range(400)]
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., refit.Fitted | None]:
+    """A fit on a machine that takes so many seconds a layer and reference, by its own clock."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(refit, "time", clock)
+
+    def fit(each: float, until: float, least: int = 1) -> refit.Fitted | None:
+        clock.now, slots = 0.0, iter([SLOT])
+
+        def solve(base: Any, talks: Sequence[Conversation], *rest: Any) -> dict[Any, Any]:
+            told = rest[3]
+            clock.now += next(slots, 0.0)  # it is known, then
+            for layer in range(LAYERS):
+                clock.now += each * len(talks)
+                told(layer + 1, LAYERS)
+            assert clock.now <= 1.1 * until
+            return {}
+
+        monkeypatch.setattr(refit, "solve", solve)
+        opened: Any = SimpleNamespace(
+            base=SimpleNamespace(shape=SimpleNamespace(d_model=576)),
+            slots=SimpleNamespace(of=lambda *arguments: None),
+        )
+        prompts: Any = SimpleNamespace(prefixes=None)
+        steps = Steps(quiet=True)
+        return refit.fit_again(opened, prompts, TALKS, {"rank": 96}, until, steps, least)
+
+    return fit
+
+
+def test_a_fit_that_is_done_in_time_has_all_references(
+    fitted: Callable[..., refit.Fitted | None],
+) -> None:
+    found = fitted(0.01, 125.0)  # 30 layers of 4 s, and the slot
+    assert found is not None
+    assert found.references == found.settings["most"] == len(TALKS)
+
+
+def test_a_slow_fit_is_begun_anew_with_what_there_is_time_for(
+    fitted: Callable[..., refit.Fitted | None],
+) -> None:
+    found = fitted(0.02, 125.0)
+    assert found is not None
+    assert 130 < found.references < 190  # of 400 that would take twice as long
+    assert found.settings["most"] == found.references
+
+
+def test_a_fit_to_too_few_references_is_none(
+    fitted: Callable[..., refit.Fitted | None],
+) -> None:
+    assert fitted(0.02, 125.0, least=200) is None
+    assert fitted(1.0, 10.0) is None  # the time is over before the first layers are
