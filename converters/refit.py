@@ -124,8 +124,8 @@ def write_within(
 
 
 def least(before: int) -> int:
-    """How many references are enough more than there were before to be worth a fit."""
-    return math.ceil(_MORE * before)
+    """How many references are enough more than there were before to be worth a fit; some."""
+    return max(1, math.ceil(_MORE * before))
 
 
 def settings_for(before: dict[str, Any], n: int, base: Base) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def fit_again(
     before: dict[str, Any],
     until: float,
     steps: Steps,
-    least: int = 1,
+    least: int,
 ) -> Fitted | None:
     """The closed form of all references that are there now, or of as many as there is time for.
 

@@ -68,3 +68,5 @@ def test_a_fit_to_too_few_references_is_none(
 ) -> None:
     assert fitted(0.02, 125.0, least=200) is None
     assert fitted(1.0, 10.0) is None  # the time is over before the first layers are
+    # of a start that keeps none of its references, too
+    assert fitted(1.0, 10.0, least=refit.least(0)) is None
