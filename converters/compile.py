@@ -20,7 +20,7 @@ import superego
 from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
-from superego.converters.closed_form import Aside, solve
+from superego.converters.closed_form import solve
 from superego.converters.device import free_memory
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
@@ -42,6 +42,7 @@ from superego.converters.slot_cache import KeptSlots
 from superego.converters.streams import Changes
 from superego.converters.transformer import Base
 from superego.converters.unfinished import Unfinished
+from superego.converters.walk import Aside
 from superego.errors import SuperegoError
 from superego.gguf_file import check_unchanged
 from superego.manifesto import Manifesto

@@ -13,11 +13,11 @@ import psutil
 import torch
 
 from superego.base import BaseModel
-from superego.converters.closed_form import GRAM_ROWS, LARGE
 from superego.converters.decode import ROOM, batches, cell_bytes
 from superego.converters.linear_algebra import EXTRA
 from superego.converters.products import has_light
 from superego.converters.references import blocks_of, reply_limits
+from superego.converters.regression import GRAM_ROWS, LARGE
 from superego.converters.shape import Shape, read_shape
 from superego.converters.transformer import GATED, TABLE_PART, WHOLE_TABLE
 from superego.errors import SuperegoError

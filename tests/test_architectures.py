@@ -27,7 +27,7 @@ from superego.adapter import read_adapter, write_adapter
 from superego.architectures import ARCHITECTURES
 from superego.base import BaseModel, open_base
 from superego.chat import Chat
-from superego.converters.closed_form import Aside, solve
+from superego.converters.closed_form import solve
 from superego.converters.compact import compact_session
 from superego.converters.compile import Settings, compile_manifesto
 from superego.converters.decode import greedy, prefill
@@ -45,6 +45,7 @@ from superego.converters.streams import (
     predictions,
 )
 from superego.converters.transformer import Base, Layer, project_qkv, rms_norm
+from superego.converters.walk import Aside
 from superego.errors import SuperegoError
 from superego.evaluate import evaluate
 from superego.gguf_file import read_header

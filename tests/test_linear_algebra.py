@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from superego.converters import closed_form
-from superego.converters.closed_form import _penalty, fit
+from superego.converters import regression
 from superego.converters.linear_algebra import factor_, leading, solve
+from superego.converters.regression import _penalty, fit
 
 
 def test_a_blocked_solve_reads_the_upper_half_alone_and_solves() -> None:
@@ -36,11 +36,11 @@ def test_a_large_fit_explains_as_much_as_the_exact_one() -> None:
     wanted = inputs @ turn + 0.1 * torch.randn(2000, 300, generator=generator)
     left = []
     for large in (1, 10_000):
-        closed_form.LARGE, before = large, closed_form.LARGE
+        regression.LARGE, before = large, regression.LARGE
         try:
             change = fit([inputs], [wanted], 32, 0.3)
         finally:
-            closed_form.LARGE = before
+            regression.LARGE = before
         left.append(float((wanted - inputs @ change.a.T @ change.b.T).norm()))
     assert abs(left[0] / left[1] - 1) < 0.002
 

@@ -17,11 +17,12 @@ from conftest import tiny_model
 
 from superego.adapter import read_adapter
 from superego.base import open_base
-from superego.converters.closed_form import Aside, solve
+from superego.converters.closed_form import solve
 from superego.converters.compile import pairs
 from superego.converters.decode import greedy, prefill
 from superego.converters.streams import Conversation, Pack, Prefixes, mean_kl, predictions
 from superego.converters.transformer import Base
+from superego.converters.walk import Aside
 from superego.errors import SuperegoError
 from superego.gguf_file import read_header
 from superego.logits import ParallelContext

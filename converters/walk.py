@@ -1,0 +1,161 @@
+"""One manifesto's conversations, walked with the base, the teacher and the student side by side.
+
+Knows what the student's streams lack of the teacher's at each residual write, and which rows say
+how much about it. Does not know how a change is found from that, nor of other manifestos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from superego.converters.slot import Probe, Slot, write_cells
+from superego.converters.streams import (
+    Change,
+    Changes,
+    Conversation,
+    Pack,
+    Prefixes,
+    Streams,
+    changed_layer,
+    token_kl,
+)
+from superego.converters.transformer import Base, Layer
+
+_CHUNK = 2048  # rows whose lengths are taken at once
+_ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
+_PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
+
+
+class Aside:
+    """Conversations that a fit does not see, and how far their replies are from the teacher's."""
+
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        self.conversations = conversations
+
+    def walked(self, teacher: Streams, bare: Streams, student: Streams) -> None:
+        """These streams are behind the last layer; `bare`, the base's own, has unseen rows alone.
+
+        The others have them behind the rows that were fitted to.
+        """
+        self._base, self._weight = bare.base, bare.pack.reply_weight
+        self._ends = [
+            each.rows[-bare.pack.rows.total :][bare.pack.predicts]
+            for each in (teacher, bare, student)
+        ]
+
+    def kl(self) -> tuple[float, float]:
+        """KL(teacher‖bare base) and KL(teacher‖with the changes), as `streams.mean_kl`."""
+        target, *students = self._ends
+        bare, changed = (
+            float((each * self._weight).sum()) for each in token_kl(self._base, target, *students)
+        )
+        return bare, changed
+
+
+class Walk:
+    """Streams of one manifesto's teacher and student, a residual write at a time.
+
+    At each layer `begin` and in the end `leave`; at each write `step` and in the end `apply`, and
+    in between `asked` for what the write is to give.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        conversations: Sequence[Conversation],
+        prefixes: Prefixes,
+        slot: Slot | None,
+        aside: Sequence[Conversation] = (),
+    ) -> None:
+        """`aside` conversations are walked with the others, and asked nothing of."""
+        self._base, self._prefixes, self._slot = base, prefixes, slot
+        self.teacher = Streams(base, Pack(conversations, prefixes.teacher, aside))
+        self.student = Streams(base, Pack(conversations, prefixes.student, aside))
+        # with the slot alone; for its prefix
+        self._bare = Streams(base, Pack(conversations[:1], prefixes.student))
+        self.untouched = Streams(base, Pack(aside, prefixes.student)) if aside else None
+        self._n = self.student.pack.fitted_rows  # what is behind them is not fitted to
+        # prefix rows without a twin: kept as they are
+        self._own = len(prefixes.student) - prefixes.common
+        self._weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
+        self.probe = Probe(self.teacher, prefixes, slot.positions) if slot else None
+        self._basis = slot.basis() if slot else None
+
+    def cells(self, layer: Layer) -> dict[str, Change]:
+        """The changes of attn_k and attn_v that put the manifesto's cells in the slot's places.
+
+        None in front of the layer that marks them.
+        """
+        if self.probe is None or self._slot is None or layer.index <= self._slot.layer:
+            return {}
+        near = self._slot.keys[layer.index]
+        cells = self.probe.cells(layer.index, self.student.prefix, near)
+        return write_cells(self._base, layer, self.student, self._slot, cells)
+
+    def begin(self, layer: Layer, changes: Changes) -> None:
+        """The student goes through `layer` with these changes of what reads the stream."""
+        self._layer = layer
+        self._changed = changed_layer(self._base, layer.index, changes)
+
+    def step(self, write: str) -> None:
+        """All streams are given what the base's own matrix `write` has for them."""
+        layer, matrix = self._layer, getattr(self._layer, write)
+        self.teacher.add(self.teacher.inputs(layer, write), matrix)
+        if self.untouched:
+            self.untouched.add(self.untouched.inputs(layer, write), matrix)
+        self._own_inputs = self._bare.inputs(self._changed, write)
+        self._bare.add(self._own_inputs, matrix)
+        self._inputs = self.student.inputs(self._changed, write)
+        self.student.add(self._inputs, matrix)
+
+    def mark(self, change: Change) -> None:
+        """The slot's own change of this write, which is the student's without a fit too."""
+        self._bare.add_change(self._own_inputs, change)
+        self.student.add_change(self._inputs, change)
+
+    def asked(self, shut: Sequence[int] = ()) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the write reads, and what its stream lacks: rows of conversations, of the prefix.
+
+        A list of two each, (n, in) and (p, in), (n, d_model) and (p, d_model), in the base's type,
+        with every row of the prefix as long as it is to count. Neurons that are `shut` must not be
+        read, and so are given nothing.
+        """
+        student, own, common = self.student, self._own, self._prefixes.common
+        for each in self._inputs:
+            each[:, list(shut)] = 0
+        rows, prefix = self._inputs[0][: self._n], self._inputs[1]
+        # An attention sink's input is huge; uncapped it would drive the whole fit.
+        cap = (_ANCHOR_CAP * _norms(rows).median() / _norms(prefix[:own])).clamp(max=1)
+        scale = torch.cat([self._weight * cap, torch.full((common,), self._weight)])[:, None]
+        lacking = torch.cat(
+            [
+                self._bare.prefix[:own] - student.prefix[:own],
+                self.teacher.prefix[len(self._prefixes.teacher) - common :] - student.prefix[own:],
+            ]
+        )
+        missing = self.teacher.rows[: self._n] - student.rows[: self._n]
+        reachable, lacking = student.reachable(missing, lacking)
+        wanted = [reachable, lacking * scale]
+        del missing, reachable
+        if self._basis is not None:  # noise in a mark's direction would be read as the mark
+            for each in wanted:
+                each -= (each @ self._basis) @ self._basis.T
+        wanted = [each.to(rows.dtype) for each in wanted]
+        return student.weigh(rows, (prefix.float() * scale).to(rows.dtype)), wanted
+
+    def apply(self, change: Change | None) -> None:
+        """The student gets this change of the write, if any; what was read is let go of."""
+        if change is not None:
+            self.student.add_change(self._inputs, change)
+        del self._inputs, self._own_inputs  # or they would lie beside the next ones
+
+    def leave(self) -> None:
+        """The layer is let go of: the next one is read without it in memory."""
+        del self._layer, self._changed
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """(n, in) -> the length of each row, (n,) float32."""
+    return torch.cat([part.float().norm(dim=1) for part in rows.split(_CHUNK)])
