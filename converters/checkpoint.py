@@ -30,14 +30,16 @@ class Checkpoint:
     @property
     def references(self) -> int | None:
         """How many references were written for it; None where that is not kept."""
-        found = self.state.get("references")
-        return found if type(found) is int and found > 0 else None
+        return self._count("references")
 
     @property
     def fitted(self) -> int:
         """How many of them its student was fitted to, where that was no file's."""
-        found = self.state.get("fitted")
-        return found if type(found) is int and found > 0 else 0
+        return self._count("fitted") or 0
+
+    def _count(self, name: str) -> int | None:
+        found = self.state.get(name)
+        return found if type(found) is int and found > 0 else None
 
     def of(self, key: str) -> dict[str, Any] | None:
         """The state, where it was made from what this key stands for."""

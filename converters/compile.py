@@ -28,11 +28,9 @@ from superego.converters.metadata import Metadata, described
 from superego.converters.products import probe_dtype
 from superego.converters.references import (
     BLOCKS,
-    LONG_REPLY,
-    SHORT_REPLY,
+    REPLY,
     Prompts,
     prepare,
-    reply_limits,
     seeds,
     write_replies,
 )
@@ -346,7 +344,7 @@ def plan(
     prompts = prepare(llm, model, manifesto, seeds(settings.seed)[: settings.messages])
     dtype, rate = probe_dtype()
     rest = prompts.rest
-    rows = sum(len(r) for r in rest) + sum(reply_limits(len(rest)))
+    rows = sum(len(r) + REPLY for r in rest)
     rank = min(settings.rank, shape.d_model)
     write, fit = writing_seconds(shape, rows, rate), fit_seconds(shape, rows, rate)
     sizes = plan_memory(model, dtype, rest, len(prompts.prefixes.teacher), rank, memory)
@@ -385,7 +383,7 @@ def _metadata(
             {
                 **asdict(settings),
                 "rank": rank,
-                "reply_tokens": [LONG_REPLY, SHORT_REPLY],
+                "reply_tokens": REPLY,
                 "compute": str(dtype).removeprefix("torch."),
             },
             sort_keys=True,

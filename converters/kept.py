@@ -14,7 +14,7 @@ import torch
 
 from superego.base import BaseModel
 from superego.converters.decode import greedy, prefill
-from superego.converters.references import BLOCKS, Prompts, reply_limits
+from superego.converters.references import BLOCKS, REPLY, Prompts
 from superego.converters.streams import Conversation, Pack, predictions
 from superego.converters.transformer import Base
 from superego.exchanges import pack_references
@@ -78,11 +78,8 @@ def renew(
     Returns the conversations in the order of the prompts and how many replies were kept.
     """
     wanted = prompts.rest[: sum(BLOCKS[:n_blocks])]
-    limits: list[int] = []
-    for size in BLOCKS[:n_blocks]:
-        limits += reply_limits(size)
     replies: list[list[int]] = [list(known.get(tuple(p), [])) for p in wanted]
-    total = sum(limits[: len(wanted)])
+    total = REPLY * len(wanted)
     there = [i for i, reply in enumerate(replies) if reply]
     kept: set[int] = set()
     if there:
@@ -92,8 +89,8 @@ def renew(
             if regret <= REGRET:
                 kept.add(i)
             else:
-                replies[i] = replies[i][: min(agreed, limits[i] - 1)]
-    done = sum(limits[i] for i in kept)
+                replies[i] = replies[i][: min(agreed, REPLY - 1)]
+    done = REPLY * len(kept)
     progress(done, total)
     todo = [i for i in range(len(wanted)) if i not in kept]
     if todo:
@@ -103,7 +100,7 @@ def renew(
             base,
             [fronts[i] for i in todo],
             prefill(base, prompts.prefixes.teacher),
-            [limits[i] - len(replies[i]) for i in todo],
+            [REPLY - len(replies[i]) for i in todo],
             stop_tokens(llm),
             lambda tokens: progress(min(done + tokens, total), total),
         )

@@ -16,7 +16,7 @@ from superego.base import BaseModel
 from superego.converters.decode import ROOM, batches, cell_bytes
 from superego.converters.linear_algebra import EXTRA
 from superego.converters.products import has_light
-from superego.converters.references import blocks_of, reply_limits
+from superego.converters.references import REPLY, blocks_of
 from superego.converters.regression import GRAM_ROWS, LARGE
 from superego.converters.shape import Shape, read_shape
 from superego.converters.transformer import GATED, TABLE_PART, WHOLE_TABLE
@@ -91,8 +91,7 @@ def plan_memory(
     part = table if table <= WHOLE_TABLE * width else TABLE_PART * width
     everything = shape.n_layer * layer + n_tables * table
     light = light_bytes(shape, dtype)
-    limits = reply_limits(len(prompts))
-    rows = sum(map(len, prompts)) + sum(limits)
+    rows = sum(len(prompt) + REPLY for prompt in prompts)
     fit = own + _fitting(shape, width, rows, prefix, rank)
     room = ROOM
     while True:
@@ -132,13 +131,12 @@ def _writing(
     peak = parts = 0
     for block in blocks_of(prompts):
         order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
-        limits = reply_limits(len(block))
         start = 0
-        for size in batches([block[i] for i in order], [limits[i] for i in order], room // cell):
+        for size in batches([block[i] for i in order], [REPLY] * len(block), room // cell):
             mine = order[start : start + size]
             start += size
             parts += 1
-            capacity = max(len(block[i]) + limits[i] for i in mine)
+            capacity = max(len(block[i]) + REPLY for i in mine)
             rows = sum(len(block[i]) for i in mine)
             gated = 3 * width * min(rows * shape.d_ff, GATED // 2)
             peak = max(

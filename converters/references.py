@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 # it is the only one or one of many, so that the cache never changes a result. Larger
 # blocks write faster; the first one is what `quick` waits for.
 BLOCKS = (12, 96, 228, 132, 132, 264, *[384] * 8)
-# A third of the replies are long, for what changes as a reply goes on; the others are
-# short, because more prompts teach more than more tokens of the same.
-LONG_REPLY, SHORT_REPLY = 48, 16
+# Tokens of a reply, at most. Fewer say little of what changes as a reply goes on; with more there
+# is time for fewer prompts, which teach more than more tokens of the same.
+REPLY = 32
 _KNOWN = 24  # messages that every compile knows
 
 
@@ -62,11 +62,6 @@ def seeds(seed: int) -> list[str]:
     return lines
 
 
-def reply_limits(n: int) -> list[int]:
-    """The most tokens of each reply of a block of n."""
-    return [SHORT_REPLY if i % 3 else LONG_REPLY for i in range(n)]
-
-
 def blocks_of(prompts: Sequence[list[int]]) -> list[list[list[int]]]:
     """The prompts in the blocks that they are answered in."""
     ends = itertools.accumulate(BLOCKS)
@@ -82,7 +77,7 @@ def prepare(llm: Llama, base: BaseModel, manifesto: Manifesto, messages: list[st
     template = ChatTemplate(base.header)
     teacher = encode(llm, template, manifesto.body, messages)
     student = encode(llm, template, None, messages)
-    longest = max(len(r) for r in teacher.rest) + LONG_REPLY
+    longest = max(len(r) for r in teacher.rest) + REPLY
     if base.context_length and len(teacher.prefix) + longest > base.context_length:
         raise SuperegoError(
             f"manifesto '{manifesto.name}' is {len(teacher.prefix):,} tokens as this model reads "
@@ -147,15 +142,15 @@ def write_replies(
         for size, end in zip(BLOCKS, ends, strict=False)
         if (block := prompts.rest[end - size : end])
     ]
-    total = sum(sum(reply_limits(len(b))) for b in blocks)
+    total = REPLY * sum(map(len, blocks))
     prefix = None
     for block in blocks:
         behind = len(conversations) + len(block)
         if behind <= len(before):
             conversations += before[len(conversations) : behind]
-            done += sum(reply_limits(len(block)))
+            done += REPLY * len(block)
             continue
-        limits = reply_limits(len(block))
+        limits = [REPLY] * len(block)
         order = sorted(range(len(block)), key=lambda i: (len(block[i]), i))
         # how many are written at once decides which sums are rounded how
         sizes = batches(
@@ -188,7 +183,7 @@ def write_replies(
             replies = [r for _, r in sorted(zip(order, written, strict=True))]
             if use_cache:
                 _store(path, replies)
-        done += sum(reply_limits(len(block)))
+        done += REPLY * len(block)
         progress(done, total)
         conversations += [Conversation(p, r) for p, r in zip(block, replies, strict=True)]
     base.let_go_of_light()
@@ -207,7 +202,7 @@ def _key(
         torch.__version__,
         fingerprint,
         [str(base.dtype), has_light(base.dtype, base.device)],
-        [LONG_REPLY, SHORT_REPLY],
+        REPLY,
         prefixes.teacher,
         block,
     ]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.9  # of the budget, at most, for the references and a fit to them
 _MORE = 1.25  # times the references that the file was fitted to; fewer are not fitted again
-_ROWS = 48  # tokens of a reference, about
+_ROWS = 54  # tokens of a reference, about
 _EACH = 0.01  # seconds that one takes beside all products, at least
 _BESIDE = 10.0  # seconds that a fit takes however few they are, and what is measured around it
 _MISJUDGED = 1.5  # times as fast as the probe says, at most

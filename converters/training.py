@@ -122,39 +122,44 @@ class Lessons:
 
     def packs(self, rows: int) -> Iterator[Lesson]:
         """Packs of about `rows` rows behind the student's prefix, without end, and targets."""
-        yield from self._endless(self._conversations, self._prefixes.student, self._wanted, rows)
+        every, front = self._conversations, self._prefixes.student
+        yield from self._endless(lambda: every, front, self._wanted, rows, _AT_ONCE)
 
     def returns(self, rows: int) -> Iterator[Lesson]:
         """Conversations with the manifesto in front: nothing is to be added to it.
 
         Of those that `packs` has given out or read ahead: the teacher has been read for them.
         """
-        while True:
-            read = self._wanted.known(self._conversations) or self._conversations
-            for chosen in _parted(self._shuffled(read), rows):
-                yield _lesson(chosen, self._prefixes.teacher, self._wanted)
+
+        def read() -> list[Conversation]:
+            return self._wanted.known(self._conversations) or self._conversations
+
+        yield from self._endless(read, self._prefixes.teacher, self._wanted, rows)
 
     def neutral(self, rows: int) -> Iterator[Lesson]:
         """Plain text, which is to stay as it is."""
-        while True:
-            for chosen in _parted(self._shuffled(self._plain), rows):
-                yield _lesson(chosen, self._plain_prefix, self._unchanged)
+        yield from self._endless(lambda: self._plain, self._plain_prefix, self._unchanged, rows)
 
     def examples(self, rows: int) -> Iterator[Lesson]:
         """The user's examples and their own tokens, (n,); nothing where there are none."""
         if self._own:
-            yield from self._endless(self._own, self._prefixes.student, _written, rows)
+            yield from self._endless(lambda: self._own, self._prefixes.student, _written, rows)
 
     def _endless(
         self,
-        conversations: Sequence[Conversation],
+        conversations: Callable[[], list[Conversation]],
         prefix: list[int],
         wanted: Callable[[Sequence[Conversation]], torch.Tensor],
         rows: int,
+        ahead: int = 0,
     ) -> Iterator[Lesson]:
+        """Pass after pass over the conversations that there are then, each shuffled.
+
+        What is wanted is read `ahead` for that many rows: each reading has the prefix in front.
+        """
         while True:
-            for several in _parted(self._shuffled(conversations), max(rows, _AT_ONCE)):
-                wanted(several)  # at once: each reading has the whole prefix in front
+            for several in _parted(self._shuffled(conversations()), max(rows, ahead)):
+                wanted(several)
                 for chosen in _parted(several, rows):
                     yield _lesson(chosen, prefix, wanted)
 
