@@ -38,6 +38,7 @@ def solve(
     slots: Slots | None = None,
     unfinished: Unfinished | None = None,
     unseen: Aside | None = None,
+    bear: Callable[[int, int], int] | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 
@@ -51,7 +52,8 @@ def solve(
     `slots` has those of earlier fits on this base: without it every fit looks for its own.
     `unfinished` holds the layers that an interrupted fit has solved, and is given those that this
     one solves. `unseen` conversations are walked with the others and not fitted to; they are given
-    the streams that the walk ends with.
+    the streams that the walk ends with. `bear` is told how many layers are done and how many
+    conversations they were fitted to, and says how many the rest is to be fitted to: no more.
     """
     slot = (slots or Slots()).of(base, [c.prompt for c in conversations], prefixes)
     aside = unseen.conversations if unseen else ()
@@ -107,6 +109,8 @@ def solve(
             state = {"generator": walk.probe.generator.get_state()} if walk.probe else {}
             unfinished.add(index, found, state)
         progress(index + 1, base.shape.n_layer)
+        if bear and index + 1 < base.shape.n_layer:
+            walk.narrow(bear(index + 1, walk.n_fitted))
     if unseen and walk.untouched:
         unseen.walked(walk.teacher, walk.untouched, walk.student)
     return changes

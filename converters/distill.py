@@ -135,7 +135,8 @@ class _Beginning:
     origin: Origin | None = None  # that it was fitted to be, where it is not the file's
     kl_file: float | None = None  # of the file, where another fit was tried or is gone on with
     interrupted: bool = False
-    fitted: int = 0  # references that the origin was fitted to
+    fitted: int = 0  # references that the origin was fitted to, and its last layers
+    last: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # that it was fitted by
 
 
@@ -256,7 +257,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
         _write(job, settings, outcome, material)
     if not outcome.interrupted:
         job.checkpoint.unlink(missing_ok=True)
-    return _report(job, outcome, material, seconds)
+    return _report(job, outcome, material, seconds, begun)
 
 
 def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | None) -> _Material:
@@ -341,8 +342,8 @@ def _begin(
         fitted = Student(base, *found.origin)
         kl = measured.of(fitted)
         if kl < before:
-            n = found.references
-            return _Beginning(fitted, kl, found.origin, before, False, n, found.settings)
+            n, last = found.references, found.last
+            return _Beginning(fitted, kl, found.origin, before, False, n, last, found.settings)
     return _Beginning(student, before, None, before)
 
 
@@ -425,7 +426,11 @@ def _write(job: _Job, settings: dict[str, Any], outcome: Outcome, material: _Mat
 
 
 def _report(
-    job: _Job, outcome: Outcome, material: _Material, seconds: dict[str, float]
+    job: _Job,
+    outcome: Outcome,
+    material: _Material,
+    seconds: dict[str, float],
+    begun: _Beginning,
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "adapter": str(job.output),
@@ -436,6 +441,7 @@ def _report(
         "kl recovered at the start": round(outcome.recovered_at_start, 4),
         "kl base": round(outcome.kl_base, 4),
         "steps": outcome.steps,
+        **({"fitted to": [begun.fitted, begun.last]} if begun.last else {}),
         "trained on": len(material.lessons),
         "own examples": len(material.own),
         "curve": [(round(s, 1), round(r, 4)) for s, r in outcome.curve],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,9 @@ _BESIDE = 10.0  # seconds that a fit takes however few they are, and what is mea
 _MISJUDGED = 1.5  # times as fast as the probe says, at most
 _TELLING = 90  # references that must have been written for their time to tell a pace
 _PACE = 2.0  # times faster or slower than estimated, at most: of a tiny base products tell little
-_FIRST_LAYERS = 3  # behind the first one, by which a fit is timed
-_LATE = 1.05  # times what is left, that it may then be expected to take
+_FIRST_LAYERS = 3  # from which on a fit's layers tell its pace
+_RECALL = 0.8  # of what layers before tell of it, a layer
+_LATE = 1.03  # times what is left, that it may then be expected to take
 _GAIN = 1.1  # times as many references must a fit be able to have by another block
 
 
@@ -138,20 +139,16 @@ def settings_for(before: dict[str, Any], n: int, base: Base) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A closed form fitted anew: to how many references, and by which settings."""
+    """A closed form fitted anew, and by which settings."""
 
     origin: Origin
-    references: int
+    references: int  # that its first layers were fitted to
+    last: int  # and its last ones, no more
     settings: dict[str, Any]
 
 
-class _TooSlow(Exception):
-    """A fit's first layers tell that it would not be done in time."""
-
-    def __init__(self, share: float) -> None:
-        """`share` of the references can be fitted in what is left."""
-        super().__init__()
-        self.share = share
+class _TooFew(Exception):
+    """A fit's first layers tell that it would have fewer references than it is worth."""
 
 
 def fit_again(
@@ -165,44 +162,57 @@ def fit_again(
 ) -> Fitted | None:
     """The closed form of all references that are there now, or of as many as there is time for.
 
-    What writing took tells a fit's pace within a quarter. Its own first layers tell it better, and
-    are walked again with fewer references where it would not be done `until` then, by
-    time.perf_counter. None where fewer than `least` would be left. `before` are the settings that
-    the start was made with.
+    What writing took tells a fit's pace within a quarter. Its own layers tell it better: where it
+    would not be done `until` then, by time.perf_counter, the layers to come are fitted to fewer.
+    None where that would be fewer than `least`. `before` are the settings that the start was made
+    with.
     """
-    while len(seen) >= least:
-        settings = settings_for(before, len(seen), opened.base)
-        try:
-            changes = solve(
-                opened.base,
-                seen,
-                prompts.prefixes,
-                settings["rank"],
-                {"attn_output": settings["ridge"], "ffn_down": settings["ridge_ffn"]},
-                _watched(until, steps),
-                opened.slots,
-            )
-        except _TooSlow as found:
-            seen = seen[: int(found.share * len(seen))]
-            continue
-        slot = opened.slots.of(opened.base, [c.prompt for c in seen], prompts.prefixes)
-        return Fitted((changes, slot), len(seen), settings)
-    return None
+    if len(seen) < least:
+        return None
+    settings = settings_for(before, len(seen), opened.base)
+    pace = _Pace(until, opened.base.shape.n_layer, least)
+    try:
+        changes = solve(
+            opened.base,
+            seen,
+            prompts.prefixes,
+            settings["rank"],
+            {"attn_output": settings["ridge"], "ffn_down": settings["ridge_ffn"]},
+            lambda done, total: steps.update("solving layers", done, total),
+            opened.slots,
+            bear=pace.bear,
+        )
+    except _TooFew:
+        return None
+    slot = opened.slots.of(opened.base, [c.prompt for c in seen], prompts.prefixes)
+    return Fitted((changes, slot), len(seen), pace.last or len(seen), settings)
 
 
-def _watched(until: float, steps: Steps) -> Callable[[int, int], None]:
-    """A fit's progress, shown, and ended early where its first layers take too long."""
-    first = 0.0
+class _Pace:
+    """How many references the layers to come may be fitted to, by what those done took."""
 
-    def told(done: int, total: int) -> None:
-        nonlocal first
-        steps.update("solving layers", done, total)
-        now = time.perf_counter()
-        if done == 1:  # the slot was looked for in front of it
-            first = now
-        elif done == 1 + _FIRST_LAYERS < total:
-            each, left = (now - first) / _FIRST_LAYERS, until - now
-            if each * (total - done) > _LATE * left:
-                raise _TooSlow(max(left, 0.0) / (each * total))
+    def __init__(self, until: float, n_layer: int, least: int) -> None:
+        self._until, self._n_layer, self._least = until, n_layer, least
+        self._then = 0.0  # the end of the layer before
+        self._took = self._walked = 0.0  # seconds, and conversations, of late
+        self.last = 0
 
-    return told
+    def bear(self, done: int, n: int) -> int:
+        """See `closed_form.solve`."""
+        self.last, now = n, time.perf_counter()
+        if done > 1:  # in front of the first layer the slot was looked for
+            self._took = _RECALL * self._took + now - self._then
+            self._walked = _RECALL * self._walked + n
+        self._then = now
+        if done <= _FIRST_LAYERS:
+            return n
+        each, left = self._took / self._walked, max(self._until - now, 0.0)
+        to_come = self._n_layer - done
+        if each * n * to_come <= _LATE * left:
+            return n
+        self.last = int(left / (each * to_come))
+        if self.last < self._least:
+            if done == 1 + _FIRST_LAYERS:
+                raise _TooFew
+            self.last = min(n, self._least)  # a fit that nearly is done is not thrown away
+        return self.last

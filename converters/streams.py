@@ -124,7 +124,7 @@ class Pack:
         aside: Sequence[Conversation] = (),
     ) -> None:
         self.conversations = [*_by_length(conversations), *_by_length(aside)]
-        self.n_fitted = len(conversations)
+        self.n_fitted = len(conversations)  # these come first
         self.fitted_rows = sum(len(c.prompt) + len(c.reply) - 1 for c in conversations)
         self.prefix = torch.tensor(list(prefix))
         # the last reply token is only ever predicted, never read
@@ -161,6 +161,19 @@ class Streams:
         self.prefix_rotations = base.rotations(pack.prefix_rows.positions)
         self._last: _Written | None = None
         self._scale = 1.0  # of the matrix last added
+
+    def narrow(self, kept: Sequence[int]) -> None:
+        """Let go, between two layers, of all conversations that are fitted to but those `kept`.
+
+        `kept` are their places among `pack.conversations`, in rising order.
+        """
+        before, n = self.pack, self.pack.n_fitted
+        chosen = [before.conversations[i] for i in kept]
+        self.pack = Pack(chosen, before.prefix.tolist(), before.conversations[n:])
+        stays = torch.zeros(len(before.conversations), dtype=torch.bool)
+        stays[[*kept, *range(n, len(stays))]] = True
+        self.rows = self.rows[stays.repeat_interleave(torch.tensor(before.rows.lengths))]
+        self.rotations = self.base.rotations(self.pack.rows.positions)
 
     def inputs(self, layer: Layer, write: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the matrix `write` reads now: for the rows (n, in) and the prefix (p, in)."""

@@ -76,12 +76,34 @@ class Walk:
         # with the slot alone; for its prefix
         self._bare = Streams(base, Pack(conversations[:1], prefixes.student))
         self.untouched = Streams(base, Pack(aside, prefixes.student)) if aside else None
-        self._n = self.student.pack.fitted_rows  # what is behind them is not fitted to
         # prefix rows without a twin: kept as they are
         self._own = len(prefixes.student) - prefixes.common
-        self._weight = (_PREFIX_WEIGHT * len(conversations)) ** 0.5
-        self.probe = Probe(self.teacher, prefixes, slot.positions) if slot else None
         self._basis = slot.basis() if slot else None
+        self._count()
+
+    @property
+    def n_fitted(self) -> int:
+        """Of how many conversations changes are asked."""
+        return self.student.pack.n_fitted
+
+    def narrow(self, n: int) -> None:
+        """From here on n of the conversations alone are walked and fitted to, of all lengths."""
+        if n >= self.n_fitted:
+            return
+        kept = [self.n_fitted * i // n for i in range(n)]
+        for each in (self.teacher, self.student):
+            each.narrow(kept)
+        before = self.probe
+        self._count()
+        if before and self.probe:
+            self.probe.generator = before.generator
+
+    def _count(self) -> None:
+        """What follows from the conversations that are walked."""
+        self._n = self.student.pack.fitted_rows  # what is behind them is not fitted to
+        self._weight = (_PREFIX_WEIGHT * self.n_fitted) ** 0.5
+        positions = self._slot.positions if self._slot else ()
+        self.probe = Probe(self.teacher, self._prefixes, positions) if positions else None
 
     def cells(self, layer: Layer) -> dict[str, Change]:
         """The changes of attn_k and attn_v that put the manifesto's cells in the slot's places.

@@ -22,21 +22,27 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., refit.Fitted | None
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(refit, "time", clock)
 
-    def fit(each: float, until: float, least: int = 1) -> refit.Fitted | None:
-        clock.now, slots = 0.0, iter([SLOT])
+    def fit(
+        each: float,
+        until: float,
+        least: int = 1,
+        slower: Callable[[int], float] = lambda layer: 1.0,
+    ) -> refit.Fitted | None:
+        clock.now = 0.0
 
-        def solve(base: Any, talks: Sequence[Conversation], *rest: Any) -> dict[Any, Any]:
-            told = rest[3]
-            clock.now += next(slots, 0.0)  # it is known, then
+        def solve(base: Any, talks: Sequence[Conversation], *rest: Any, bear: Any) -> Any:
+            n = len(talks)
+            clock.now = SLOT
             for layer in range(LAYERS):
-                clock.now += each * len(talks)
-                told(layer + 1, LAYERS)
+                clock.now += each * n * slower(layer)
+                if layer + 1 < LAYERS:
+                    n = min(n, bear(layer + 1, n))
             assert clock.now <= 1.1 * until
             return {}
 
         monkeypatch.setattr(refit, "solve", solve)
         opened: Any = SimpleNamespace(
-            base=SimpleNamespace(shape=SimpleNamespace(d_model=576)),
+            base=SimpleNamespace(shape=SimpleNamespace(d_model=576, n_layer=LAYERS)),
             slots=SimpleNamespace(of=lambda *arguments: None),
         )
         prompts: Any = SimpleNamespace(prefixes=None)
@@ -51,16 +57,28 @@ def test_a_fit_that_is_done_in_time_has_all_references(
 ) -> None:
     found = fitted(0.01, 125.0)  # 30 layers of 4 s, and the slot
     assert found is not None
-    assert found.references == found.settings["most"] == len(TALKS)
+    assert found.references == found.last == found.settings["most"] == len(TALKS)
 
 
-def test_a_slow_fit_is_begun_anew_with_what_there_is_time_for(
+def test_a_slow_fit_has_fewer_references_in_the_layers_to_come(
     fitted: Callable[..., refit.Fitted | None],
 ) -> None:
     found = fitted(0.02, 125.0)
     assert found is not None
-    assert 130 < found.references < 190  # of 400 that would take twice as long
-    assert found.settings["most"] == found.references
+    assert found.references == len(TALKS)
+    assert 130 < found.last < 190  # of 400 that would take twice as long
+
+
+def test_a_machine_that_gets_slower_is_noticed_on_the_way(
+    fitted: Callable[..., refit.Fitted | None],
+) -> None:
+    found = fitted(0.01, 125.0, slower=lambda layer: 1.0 if layer < 15 else 1.5)
+    assert found is not None
+    assert 200 < found.last < 300
+    # what is nearly done is not thrown away, nor fitted to what is not worth a fit
+    last = fitted(0.01, 115.0, 350, slower=lambda layer: 1.0 if layer < 15 else 1.2)
+    assert last is not None
+    assert last.last == 350
 
 
 def test_a_fit_to_too_few_references_is_none(
