@@ -19,7 +19,7 @@ from superego.converters.products import has_light
 from superego.converters.references import REPLY, blocks_of
 from superego.converters.regression import GRAM_ROWS, LARGE
 from superego.converters.shape import Shape, read_shape
-from superego.converters.transformer import GATED, TABLE_PART, WHOLE_TABLE
+from superego.converters.transformer import TABLE_PART, WHOLE_TABLE, gated_rows
 from superego.errors import SuperegoError
 
 _LEAST_ROOM = 64 << 20
@@ -138,7 +138,7 @@ def _writing(
             parts += 1
             capacity = max(len(block[i]) + REPLY for i in mine)
             rows = sum(len(block[i]) for i in mine)
-            gated = 3 * width * min(rows * shape.d_ff, GATED // 2)
+            gated = 3 * width * shape.d_ff * min(rows, gated_rows(shape))
             peak = max(
                 peak,
                 size * capacity * cell
@@ -156,7 +156,7 @@ def _fitting(shape: Shape, width: int, rows: int, prefix: int, rank: int) -> int
     large = d >= LARGE
     streams = 2 * 4 * rows * d
     seen = width * rows * wide
-    gated = 3 * width * min(rows * shape.d_ff, GATED // 2)
+    gated = 3 * width * shape.d_ff * min(rows, gated_rows(shape))
     projected = shape.head_dim * (shape.n_head + 2 * shape.n_head_kv)
     attending = width * rows * (d + 2 * projected + 2 * heads)
     walking = max(seen + gated + width * rows * d, attending) + 4 * rows * d

@@ -27,11 +27,12 @@ from superego.progress import Steps
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-SHARE = 0.9  # of the budget, at most, for the references and a fit to them
+SHARE = 0.92  # of the budget, at most, for the references and a fit to them
 _MORE = 1.25  # times the references that the file was fitted to; fewer are not fitted again
 _ROWS = 54  # tokens of a reference, about
 _EACH = 0.01  # seconds that one takes beside all products, at least
-_BESIDE = 10.0  # seconds that a fit takes however few they are, and what is measured around it
+_BESIDE = 10.0  # seconds that a fit takes however few they are
+_MEASURED = 40  # references whose fit takes as long as what is measured around it
 _MISJUDGED = 1.5  # times as fast as the probe says, at most
 _TELLING = 90  # references that must have been written for their time to tell a pace
 _PACE = 2.0  # times faster or slower than estimated, at most: of a tiny base products tell little
@@ -63,7 +64,7 @@ def blocks_within(model: BaseModel, budget: float) -> int:
 def fitted_within(shape: Shape, rows: float, rate: float, seconds: float, pace: float = 1.0) -> int:
     """How many references of so many rows a fit has time for, at `pace` times what is estimated."""
     each = pace * fit_seconds(shape, 1, rate) * rows + _EACH
-    return max(0, int((seconds - _BESIDE) / each))
+    return max(0, int((seconds - _BESIDE) / each) - _MEASURED)
 
 
 def write_within(

@@ -14,12 +14,14 @@ import torch
 
 from superego.converters.products import linear
 from superego.converters.transformer import (
+    CHUNK,
     Base,
     KeyValue,
     Layer,
     Rows,
     Write,
     attend,
+    attention,
     feed_forward,
     pairs_to_halves,
     project_qkv,
@@ -187,30 +189,35 @@ class Streams:
         query, key, value = project_qkv(base, layer, hidden, self.prefix_rotations[layer.index])
         prefix = attend(base, layer, query, key, value, self.pack.prefix_rows, None)
         shared = KeyValue(key.transpose(0, 1), value.transpose(0, 1))
-        hidden = rms_norm(self.rows, layer.attn_norm, eps, base.dtype)
-        query, key, value = project_qkv(base, layer, hidden, self.rotations[layer.index])
-        return attend(base, layer, query, key, value, self.pack.rows, shared), prefix
+        turn = self.rotations[layer.index]
+        return attention(base, layer, self.rows, self.pack.rows, turn, shared), prefix
 
     def add(self, inputs: tuple[torch.Tensor, torch.Tensor], write: Write) -> None:
         """Write a matrix applied to the inputs onto the streams."""
-        products = [write.product(each) for each in inputs]
-        self.rows += write.finish(products[0])
-        self.prefix += write.finish(products[1])
-        # behind a norm a later change of the matrix is not simply added to what is there
-        self._last = _Written(write, products) if write.norm is not None else None
+        self._last = None
         self._scale = write.scale
+        if write.norm is not None:
+            # behind a norm a later change of the matrix is not simply added to what is there
+            self._last = _Written(write, [write.product(each) for each in inputs])
+            for stream, product in zip((self.rows, self.prefix), self._last.products, strict=True):
+                stream += write.finish(product)
+            return
+        for stream, each in zip((self.rows, self.prefix), inputs, strict=True):
+            for part, rows in zip(stream.split(CHUNK), each.split(CHUNK), strict=True):
+                part += write(rows)
 
     def add_change(self, inputs: tuple[torch.Tensor, torch.Tensor], change: Change) -> None:
         """Write a low-rank change of the matrix last added, applied to the same inputs."""
         a, b = change.a.to(self.base.dtype), change.b.to(self.base.dtype)
         for i, stream in enumerate((self.rows, self.prefix)):
-            added = linear(linear(inputs[i], a), b)
             if self._last is None:
-                stream += added if self._scale == 1 else added.float() * self._scale
+                for part, rows in zip(stream.split(CHUNK), inputs[i].split(CHUNK), strict=True):
+                    added = linear(linear(rows, a), b)
+                    part += added if self._scale == 1 else added.float() * self._scale
                 continue
             write, products = self._last.write, self._last.products
             before = write.finish(products[i])
-            products[i] = products[i] + added
+            products[i] = products[i] + linear(linear(inputs[i], a), b)
             stream += write.finish(products[i]) - before
 
     def weigh(self, rows: torch.Tensor, prefix: torch.Tensor) -> list[torch.Tensor]:

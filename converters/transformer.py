@@ -30,7 +30,11 @@ _MATRICES = (
     "ffn_down",
 )
 WHOLE_TABLE, TABLE_PART = 1 << 27, 1 << 26  # weights of an output matrix multiplied at once
-GATED = 1 << 25  # products of gate and up that lie in memory at once
+# Rows treated at once. What lies between two matrices then is less than what malloc asks the
+# system for (32 MB), gives back, and gets zeroed anew for the next product.
+CHUNK = 2048
+_GATED = 1 << 22  # products of gate and up at once, but of no fewer rows than these
+_LEAST_GATED = 1024
 _NORMED = 1 << 20  # values normed at once, in a cache
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (n, rope_dim / 2)
@@ -456,7 +460,7 @@ class Rows:
     whole sequences, padded to the longest of the chunk: give them sorted by length.
     """
 
-    def __init__(self, lengths: list[int], prefix_length: int, chunk_rows: int = 4096) -> None:
+    def __init__(self, lengths: list[int], prefix_length: int, chunk_rows: int = CHUNK) -> None:
         self.lengths = lengths
         self.prefix_length = prefix_length
         self.total = sum(lengths)
@@ -530,28 +534,64 @@ def attend(
     prefix: KeyValue | None,
 ) -> torch.Tensor:
     """Causal attention of packed rows over the prefix and themselves -> (n, n_head·head_dim)."""
-    shape, out = base.shape, []
-    window = shape.windows[layer.index]
-    for start, stop, gather, scatter in rows.chunks:
-        batch, width = gather.shape
-        q = query[start:stop][gather].transpose(1, 2)  # (batch, n_head, width, head_dim)
-        k = key[start:stop][gather].transpose(1, 2)  # (batch, n_head_kv, width, head_dim)
-        v = value[start:stop][gather].transpose(1, 2)
-        if prefix is not None:
-            k = torch.cat([prefix.key.expand(batch, -1, -1, -1), k], dim=2)
-            v = torch.cat([prefix.value.expand(batch, -1, -1, -1), v], dim=2)
-        ahead = k.shape[2] - width
-        mask = torch.ones(width, ahead + width, dtype=torch.bool).tril(ahead)
-        if window:  # a token sees itself and the window - 1 before it
-            mask = mask.triu(ahead - window + 1)
-        if shape.attention_cap:
-            a = _capped_attention(q, k, v, mask, shape)
-        else:
-            a = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=shape.attention_scale, enable_gqa=True
-            )
-        out.append(a.transpose(1, 2).reshape(batch * width, -1)[scatter])
-    return torch.cat(out)
+    found = [
+        _attend(base, layer, query[a:b], key[a:b], value[a:b], gather, scatter, prefix)
+        for a, b, gather, scatter in rows.chunks
+    ]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def attention(
+    base: Base,
+    layer: Layer,
+    stream: torch.Tensor,
+    rows: Rows,
+    rotation: Rotation,
+    prefix: KeyValue | None,
+) -> torch.Tensor:
+    """(n, d_model) residual stream of packed rows -> (n, n_head·head_dim), what attn_output reads.
+
+    As norm, `project_qkv` and `attend`, a chunk of rows after the other.
+    """
+    shape, (cos, sin) = base.shape, rotation
+    out = torch.empty(len(stream), shape.n_head * shape.head_dim, dtype=base.dtype)
+    for a, b, gather, scatter in rows.chunks:
+        hidden = rms_norm(stream[a:b], layer.attn_norm, shape.rms_eps, base.dtype)
+        projected = project_qkv(base, layer, hidden, (cos[a:b], sin[a:b]))
+        out[a:b] = _attend(base, layer, *projected, gather, scatter, prefix)
+    return out
+
+
+def _attend(
+    base: Base,
+    layer: Layer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gather: torch.Tensor,
+    scatter: torch.Tensor,
+    prefix: KeyValue | None,
+) -> torch.Tensor:
+    """As `attend`, of the rows of one chunk."""
+    shape, window = base.shape, base.shape.windows[layer.index]
+    batch, width = gather.shape
+    q = query[gather].transpose(1, 2)  # (batch, n_head, width, head_dim)
+    k = key[gather].transpose(1, 2)  # (batch, n_head_kv, width, head_dim)
+    v = value[gather].transpose(1, 2)
+    if prefix is not None:
+        k = torch.cat([prefix.key.expand(batch, -1, -1, -1), k], dim=2)
+        v = torch.cat([prefix.value.expand(batch, -1, -1, -1), v], dim=2)
+    ahead = k.shape[2] - width
+    mask = torch.ones(width, ahead + width, dtype=torch.bool).tril(ahead)
+    if window:  # a token sees itself and the window - 1 before it
+        mask = mask.triu(ahead - window + 1)
+    if shape.attention_cap:
+        found = _capped_attention(q, k, v, mask, shape)
+    else:
+        found = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=shape.attention_scale, enable_gqa=True
+        )
+    return found.transpose(1, 2).reshape(batch * width, -1)[scatter]
 
 
 def _capped_attention(
@@ -578,13 +618,18 @@ def feed_forward(base: Base, layer: Layer, stream: torch.Tensor) -> torch.Tensor
         hidden = rms_norm(rows, layer.ffn_norm, eps, base.dtype)
         return gated(base, layer.gate_and_up(hidden))
 
-    step = max(1, GATED // len(layer.gate_up))
+    step = gated_rows(base.shape)
     if len(stream) <= step:
         return inner(stream)
     out = torch.empty(len(stream), base.shape.d_ff, dtype=base.dtype)
     for start in range(0, len(stream), step):
         out[start : start + step] = inner(stream[start : start + step])
     return out
+
+
+def gated_rows(shape: Shape) -> int:
+    """Of how many rows `feed_forward` has gate and up in memory at once."""
+    return max(_LEAST_GATED, _GATED // (2 * shape.d_ff))
 
 
 def gated(base: Base, gate_up: torch.Tensor) -> torch.Tensor:

@@ -382,7 +382,7 @@ def test_what_was_fitted_anew_is_gone_on_with(
 def test_ctrl_c_in_the_fit_leaves_the_start(
     tiny: BaseModel, closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("superego.converters.refit.solve", interrupted)

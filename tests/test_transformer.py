@@ -8,6 +8,7 @@ rounding is what remains; a wrong rotation, norm or permutation gives distances 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,41 @@ def test_conversations_walked_aside_change_no_fit_and_are_measured_as_by_walks_o
         ],
         rel=1e-3,
     )
+
+
+def test_a_fit_goes_on_with_fewer_conversations_as_if_the_others_had_ended_there(
+    tmp_path: Path,
+) -> None:
+    base = Base(read_header(tiny_model(tmp_path / "t.gguf")), torch.float32, resident=True)
+    rng = np.random.default_rng(9)
+    prefixes = Prefixes([*rng.integers(3, 259, 20).tolist(), 4, 5], [7, 8, 4, 5])
+    talks = [  # of rising length
+        Conversation(rng.integers(3, 259, 3).tolist(), rng.integers(3, 259, n).tolist())
+        for n in (4, 5, 6, 8, 9, 12, 13)
+    ]
+    fitted, unseen = talks[:6], talks[6:]
+    ridges = {"attn_output": 0.1, "ffn_down": 0.1}
+    told: list[tuple[int, int]] = []
+
+    def bear(done: int, n: int) -> int:
+        told.append((done, n))
+        return 3
+
+    aside = Aside(unseen)
+    changes = solve(base, fitted, prefixes, 16, ridges, unseen=aside, bear=bear)
+    assert told == [(1, 6)]  # of the last layer of two nobody asks
+    whole = solve(base, fitted, prefixes, 16, ridges)
+    first = {key: (each.a, each.b) for key, each in whole.items() if key[0] == 0}
+    rest: Any = SimpleNamespace(layers=1, found=first, add=lambda *arguments: None)
+    expected = solve(base, fitted[::2], prefixes, 16, ridges, unfinished=rest)
+    assert set(changes) == set(expected) == set(whole)
+    for key, change in changes.items():
+        product, other = change.b @ change.a, expected[key].b @ expected[key].a
+        assert torch.allclose(product, other, atol=1e-4 * float(other.abs().max()))
+    target = predictions(base, Pack(unseen, prefixes.teacher))
+    student = Pack(unseen, prefixes.student)
+    after = mean_kl(base, student, target, predictions(base, student, changes))
+    assert aside.kl()[1] == pytest.approx(after, rel=1e-3)
 
 
 def test_unknown_architectures_are_named_with_the_known(tmp_path: Path) -> None:
