@@ -18,7 +18,7 @@ import torch.nn.functional as F
 _PROBED = 0.2  # seconds of products of each type, about
 _PRODUCT = 2.0 * 1024 * 576 * 1536  # operations of one
 _HOPELESS = 4  # times slower than what there is
-FEW = 128  # rows up to which a light matrix is quicker
+FEW = 256  # rows up to which a light matrix is quicker
 
 
 def linear(
