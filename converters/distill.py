@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,7 +283,8 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
     had = saved.references if saved else None
     if had is not None:  # as many again: what is gone on with must have been made from the same
         least, seconds = next((i + 1 for i, end in enumerate(ends) if end >= had), most), 0.0
-    allowed = refit.Allowance(least, most, seconds, job.fits_again)
+        prompts = replace(prompts, rest=prompts.rest[:had])
+    allowed = refit.Allowance(least, most, seconds, job.fits_again, UNSEEN)
     before = _leading(job.start, model, prompts)
     conversations, fits = refit.write_within(
         llm, opened, model, prompts, allowed, before, options.use_cache, job.steps

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from superego.base import BaseModel
@@ -39,7 +39,7 @@ _PACE = 2.0  # times faster or slower than estimated, at most: of a tiny base pr
 _FIRST_LAYERS = 3  # from which on a fit's layers tell its pace
 _RECALL = 0.8  # of what layers before tell of it, a layer
 _LATE = 1.03  # times what is left, that it may then be expected to take
-_GAIN = 1.1  # times as many references must a fit be able to have by another block
+_FEWEST = 32  # references that are worth being written by themselves
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Allowance:
     most: int
     seconds: float  # for what is more than the least
     fitted: bool  # a fit to them takes its part of the seconds
+    unseen: int  # of them that are not fitted
 
 
 def blocks_within(model: BaseModel, budget: float) -> int:
@@ -63,8 +64,12 @@ def blocks_within(model: BaseModel, budget: float) -> int:
 
 def fitted_within(shape: Shape, rows: float, rate: float, seconds: float, pace: float = 1.0) -> int:
     """How many references of so many rows a fit has time for, at `pace` times what is estimated."""
-    each = pace * fit_seconds(shape, 1, rate) * rows + _EACH
-    return max(0, int((seconds - _BESIDE) / each) - _MEASURED)
+    return max(0, int((seconds - _BESIDE) / _fit_each(shape, rows, rate, pace)) - _MEASURED)
+
+
+def _fit_each(shape: Shape, rows: float, rate: float, pace: float) -> float:
+    """Seconds of a fit for each reference."""
+    return pace * fit_seconds(shape, 1, rate) * rows + _EACH
 
 
 def write_within(
@@ -77,19 +82,19 @@ def write_within(
     use_cache: bool,
     steps: Steps,
 ) -> tuple[list[Conversation], int]:
-    """As many whole blocks of references as are allowed; those of `before` are there already.
+    """As many references as are allowed, block after block; those of `before` are there already.
 
-    Returns them, and how many of them a fit has time for in what is left.
+    Returns them, and how many a fit has time for in what is left.
 
     What a block took tells what the next one and the fit will, better than a probe of a fraction
-    of a second; where none was written yet there is only that. Where a fit shares the time, another
-    block is written if the fit can then have more references than it could have without, be it
-    not all of that block.
+    of a second; where none was written yet there is only that. Where a fit shares the time, as many
+    are written as it has time for behind that, and the last block need not be whole.
     """
     shape, rate = opened.base.shape, opened.rate
     started = time.perf_counter()
     blocks = allowed.least
     found: Sequence[Conversation] = before
+    asked = prompts
     pace = 1.0  # seconds that writing took, as a share of what the probe lets expect
     while True:
         mark, there = time.perf_counter(), len(found)
@@ -97,7 +102,7 @@ def write_within(
             llm,
             opened.base,
             model.fingerprint,
-            prompts,
+            asked,
             blocks,
             use_cache,
             lambda done, total: steps.update("writing references", done, total),
@@ -110,18 +115,21 @@ def write_within(
             took = time.perf_counter() - mark
             pace = took / writing_seconds(shape, round(rows * written), rate)
         left = allowed.seconds - (time.perf_counter() - started)
-        fits = min(max(pace, 1 / _PACE), _PACE)
-        now = min(len(found), fitted_within(shape, rows, rate, left, fits))
-        if blocks >= allowed.most:
-            return found, now
+        slower = min(max(pace, 1 / _PACE), _PACE)
+        fits = fitted_within(shape, rows, rate, left, slower)
+        if blocks >= allowed.most or len(asked.rest) < len(prompts.rest):
+            return found, fits
         size = BLOCKS[blocks]
-        expected = pace * writing_seconds(shape, round(rows * size), rate)
-        if not allowed.fitted and expected > left:
-            return found, now
+        each = pace * writing_seconds(shape, round(rows * size), rate) / size
         if allowed.fitted:
-            then = min(len(found) + size, fitted_within(shape, rows, rate, left - expected, fits))
-            if then < max(1, _GAIN * now):
-                return found, now
+            lacking = fits - (len(found) - allowed.unseen)
+            more = int(lacking / (1 + each / _fit_each(shape, rows, rate, slower)))
+        else:
+            more = size if size * each <= left else 0
+        if more < min(_FEWEST, size):
+            return found, fits
+        if more < size:
+            asked = replace(prompts, rest=prompts.rest[: len(found) + more])
         blocks += 1
 
 

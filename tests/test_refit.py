@@ -1,4 +1,4 @@
-"""Fitting anew within a time: to as many references as the fit's own first layers bear."""
+"""Fitting anew within a time: as many references as it bears, and as a fit's own layers bear."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from superego.converters import refit
-from superego.converters.streams import Conversation
+from superego.converters.references import BLOCKS, Prompts
+from superego.converters.streams import Conversation, Prefixes
 from superego.progress import Steps
 
 LAYERS, SLOT = 30, 5.0  # seconds that a slot is looked for, in front of the first layer
@@ -50,6 +51,68 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., refit.Fitted | None
         return refit.fit_again(opened, prompts, TALKS, {"rank": 96}, until, steps, least)
 
     return fit
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, float]]:
+    """How many references were written, how many of them are to be fitted, and when that is.
+
+    Of a machine that takes `write` and `fit` seconds for each, and is thought to take 0.2 and 0.4.
+    """
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(refit, "time", clock)
+    monkeypatch.setattr(refit, "_BESIDE", 0.0)
+    monkeypatch.setattr(refit, "_MEASURED", 0)
+    monkeypatch.setattr(refit, "_EACH", 0.0)
+    monkeypatch.setattr(refit, "writing_seconds", lambda shape, rows, rate: 0.2 * rows / 2)
+    monkeypatch.setattr(refit, "fit_seconds", lambda shape, rows, rate: 0.4 * rows / 2)
+    prompts = Prompts(Prefixes([1], [1]), [[1, 2]] * 4000)
+
+    def write(seconds: float, fit: float, fitted: bool = True) -> tuple[int, int, float]:
+        clock.now = 0.0
+
+        def replies(*rest: Any) -> tuple[list[Conversation], int]:
+            asked, blocks, before = rest[3], rest[4], rest[-1]
+            n = min(sum(BLOCKS[:blocks]), len(asked.rest))
+            clock.now += seconds * (n - len(before))
+            return [Conversation([1, 2], [1])] * n, 0
+
+        monkeypatch.setattr(refit, "write_replies", replies)
+        found, fits = refit.write_within(
+            Any,  # type: ignore[arg-type]
+            SimpleNamespace(
+                base=SimpleNamespace(shape=None), rate=1, sizes=SimpleNamespace(room=1)
+            ),  # type: ignore[arg-type]
+            SimpleNamespace(fingerprint=""),  # type: ignore[arg-type]
+            prompts,
+            refit.Allowance(3, 14, 270.0, fitted, 48),
+            [],
+            False,
+            Steps(quiet=True),
+        )
+        return len(found), fits, clock.now + fit * min(fits, len(found) - 48)
+
+    return write
+
+
+@pytest.mark.parametrize("pace", [0.5, 0.7, 1.0, 1.2])
+def test_as_many_references_are_written_as_a_fit_then_has_time_for(
+    written: Callable[..., tuple[int, int, float]], pace: float
+) -> None:
+    n, fits, done = written(0.2 * pace, 0.4 * pace)
+    assert n - 48 <= fits <= n - 48 + refit._FEWEST * 1.5  # none is written for nothing
+    assert 0.9 * 270 < done <= 270
+
+
+def test_what_must_be_written_is_and_a_slow_fit_has_fewer(
+    written: Callable[..., tuple[int, int, float]],
+) -> None:
+    n, fits, done = written(0.4, 0.8)
+    assert n == sum(BLOCKS[:3])
+    assert fits < n - 48
+    assert done == pytest.approx(270, rel=0.01)
+    blocks, _, _ = written(0.2, 0.4, fitted=False)
+    assert blocks == sum(BLOCKS[:7])  # whole ones alone, where their writing has all the time
 
 
 def test_a_fit_that_is_done_in_time_has_all_references(
