@@ -19,7 +19,7 @@ from superego.converters.products import has_light
 from superego.converters.references import REPLY, blocks_of
 from superego.converters.regression import GRAM_ROWS, LARGE
 from superego.converters.shape import Shape, read_shape
-from superego.converters.transformer import TABLE_PART, WHOLE_TABLE, gated_rows
+from superego.converters.transformer import CHUNK, TABLE_PART, WHOLE_TABLE, gated_rows
 from superego.errors import SuperegoError
 
 _LEAST_ROOM = 64 << 20
@@ -158,7 +158,7 @@ def _fitting(shape: Shape, width: int, rows: int, prefix: int, rank: int) -> int
     seen = width * rows * wide
     gated = 3 * width * shape.d_ff * min(rows, gated_rows(shape))
     projected = shape.head_dim * (shape.n_head + 2 * shape.n_head_kv)
-    attending = width * rows * (d + 2 * projected + 2 * heads)
+    attending = width * (rows * heads + min(rows, CHUNK) * (d + 2 * projected + 2 * heads))
     walking = max(seen + gated + width * rows * d, attending) + 4 * rows * d
     columns = rank + EXTRA
     lacking = (4 + width) * rows * d
