@@ -35,6 +35,7 @@ _BESIDE = 10.0  # seconds that a fit takes however few they are
 _MEASURED = 40  # references whose fit takes as long as what is measured around it
 _MISJUDGED = 1.5  # times as fast as the probe says, at most
 _TELLING = 90  # references that must have been written for their time to tell a pace
+_SLOWER = 1.2  # times slower is a fit than writing, as a share of what is expected of each
 _PACE = 2.0  # times faster or slower than estimated, at most: of a tiny base products tell little
 _FIRST_LAYERS = 3  # from which on a fit's layers tell its pace
 _RECALL = 0.8  # of what layers before tell of it, a layer
@@ -115,7 +116,7 @@ def write_within(
             took = time.perf_counter() - mark
             pace = took / writing_seconds(shape, round(rows * written), rate)
         left = allowed.seconds - (time.perf_counter() - started)
-        slower = min(max(pace, 1 / _PACE), _PACE)
+        slower = _SLOWER * min(max(pace, 1 / _PACE), _PACE)
         fits = fitted_within(shape, rows, rate, left, slower)
         if blocks >= allowed.most or len(asked.rest) < len(prompts.rest):
             return found, fits

@@ -64,6 +64,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, fl
     monkeypatch.setattr(refit, "_BESIDE", 0.0)
     monkeypatch.setattr(refit, "_MEASURED", 0)
     monkeypatch.setattr(refit, "_EACH", 0.0)
+    monkeypatch.setattr(refit, "_SLOWER", 1.0)
     monkeypatch.setattr(refit, "writing_seconds", lambda shape, rows, rate: 0.2 * rows / 2)
     monkeypatch.setattr(refit, "fit_seconds", lambda shape, rows, rate: 0.4 * rows / 2)
     prompts = Prompts(Prefixes([1], [1]), [[1, 2]] * 4000)
