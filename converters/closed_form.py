@@ -25,6 +25,9 @@ from superego.converters.unfinished import Unfinished
 from superego.converters.walk import Aside, Walk
 from superego.errors import SuperegoError
 
+# Of what a fit finds: it changes with the code, and a fit that was interrupted under another one is
+# begun anew.
+REVISION = 2
 _CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 
 
@@ -91,7 +94,8 @@ def solve(
                 # it must not read the neurons that mark, and so gives them nothing
                 asked = walk.asked(slot.neurons if slot and mark else ())
                 try:
-                    change = behind(matrix, fit(*asked, rank, ridges[write]))
+                    fitted = fit(asked.inputs, asked.lacking, rank, ridges[write], asked.lengths)
+                    change = behind(matrix, fitted)
                 except torch.linalg.LinAlgError:
                     raise SuperegoError(
                         f"{base.path}: the fit of blk.{index}.{write} cannot be solved: its inputs "

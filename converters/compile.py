@@ -20,7 +20,7 @@ import superego
 from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
-from superego.converters.closed_form import solve
+from superego.converters.closed_form import REVISION, solve
 from superego.converters.device import free_memory
 from superego.converters.kept import Known, renew, stored
 from superego.converters.memory import Plan, plan_memory
@@ -224,7 +224,7 @@ def compile_manifesto(
     unseen = Aside(conversations[-settings.unseen :])
     seen = conversations[: -settings.unseen]
     unfinished = Unfinished(
-        [superego.__version__, torch.__version__, model.fingerprint, str(base.dtype)],
+        [superego.__version__, REVISION, torch.__version__, model.fingerprint, str(base.dtype)],
         [base.device.type, torch.get_num_threads(), {**asdict(settings), "rank": rank}],
         [prompts.prefixes.teacher, prompts.prefixes.student],
         [[c.prompt, c.reply] for c in conversations],

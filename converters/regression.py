@@ -23,23 +23,28 @@ LARGE = 1536  # outputs from which on eigenvectors are found by iteration
 
 
 def fit(
-    inputs: Sequence[torch.Tensor], lacking: Sequence[torch.Tensor], rank: int, ridge: float
+    inputs: Sequence[torch.Tensor],
+    lacking: Sequence[torch.Tensor],
+    rank: int,
+    ridge: float,
+    lengths: Sequence[torch.Tensor] | None = None,
 ) -> Change:
     """Reduced-rank ridge regression of `lacking` (n, out) on `inputs` (n, in).
 
     Both come in parts, a few rows of one for the same rows of the other: together in one matrix
-    the inputs, a fit's largest arrays, would be there twice.
+    the inputs, a fit's largest arrays, would be there twice. `lengths` (n,), in the same parts, are
+    what rows of both are multiplied by first, so that a row counts by its square.
 
     The Cholesky solve and the eigenvectors are float32. The change is U Uᵀ ΔW with U the top
     eigenvectors of ΔW XᵀX ΔWᵀ: what it keeps is what the rows see most of. As
     ΔW (XᵀX + Λ) = RᵀX, that product is (RᵀX − ΔW Λ) ΔWᵀ, which needs no square of the input width.
     """
     if sum(map(len, inputs)) < inputs[0].shape[1]:
-        return _dual(inputs, lacking, rank, ridge)
+        return _dual(inputs, lacking, rank, ridge, lengths)
     out = lacking[0].shape[1]
     large = out >= LARGE and out > 2 * rank
     rows = 2 * GRAM_ROWS // inputs[0].element_size() if large else _GRAM_CHUNK
-    gram, cross = _moments(inputs, lacking, rows)
+    gram, cross = _moments(inputs, lacking, rows, lengths)
     diagonal = gram.diagonal()
     penalty = _penalty(diagonal, ridge)
     diagonal += penalty
@@ -58,7 +63,11 @@ def _penalty(diagonal: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def _dual(
-    inputs: Sequence[torch.Tensor], lacking: Sequence[torch.Tensor], rank: int, ridge: float
+    inputs: Sequence[torch.Tensor],
+    lacking: Sequence[torch.Tensor],
+    rank: int,
+    ridge: float,
+    lengths: Sequence[torch.Tensor] | None,
 ) -> Change:
     """The change of `fit` where rows are fewer than inputs: solved by rows, all in float32.
 
@@ -67,6 +76,10 @@ def _dual(
     """
     x = torch.cat([part.float() for part in inputs])
     wanted = torch.cat([part.float() for part in lacking])
+    if lengths is not None:
+        length = torch.cat(list(lengths))[:, None]
+        x *= length
+        wanted *= length
     scale = _penalty(x.square().sum(0), ridge).rsqrt()
     x *= scale
     kernel = x @ x.T
@@ -84,7 +97,10 @@ def _dual(
 
 
 def _moments(
-    inputs: Sequence[torch.Tensor], lacking: Sequence[torch.Tensor], chunk: int
+    inputs: Sequence[torch.Tensor],
+    lacking: Sequence[torch.Tensor],
+    chunk: int,
+    lengths: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """XᵀX (in, in), its upper half alone, and RᵀX (out, in), both float32.
 
@@ -98,17 +114,20 @@ def _moments(
     device, dtype = inputs[0].device, inputs[0].dtype
     gram, cross = (torch.zeros(rows, width, device=device) for rows in (width, out))
     ones = inputs[0].new_ones(max(map(len, inputs)))
-    sums = torch.stack([(ones[: len(part)] @ part).float() for part in inputs])
+    if lengths is None:
+        lengths = [ones[: len(part)] for part in inputs]
+    lengths = [each.to(dtype) for each in lengths]
+    sums = torch.stack([(each @ part).float() for each, part in zip(lengths, inputs, strict=True)])
     mean = (sums.sum(0) / n).to(dtype)
     total, wanted = (torch.zeros(columns, device=device) for columns in (width, out))
-    for part, missing in zip(inputs, lacking, strict=True):
+    for part, missing, length in zip(inputs, lacking, lengths, strict=True):
         for start in range(0, len(part), chunk):
-            x, r = part[start : start + chunk], missing[start : start + chunk]
+            rows = slice(start, start + chunk)
+            x = torch.addcmul(-mean, part[rows], length[rows, None])
+            r = missing[rows] * length[rows, None]
             wanted += r.float().sum(0)
             if chunk > _GRAM_CHUNK:  # a layout that wide products are faster in
-                x, r = x.T.contiguous().T.sub_(mean), r.T.contiguous().T
-            else:
-                x = x - mean
+                x, r = x.T.contiguous().T, r.T.contiguous().T
             total += ones[: len(x)] @ x
             for left in range(0, width, _GRAM_BLOCK):  # upper blocks: nothing reads the others
                 columns = slice(left, left + _GRAM_BLOCK)

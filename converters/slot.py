@@ -47,7 +47,7 @@ from superego.converters.transformer import (
 _CONVERSATIONS = 64  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token is found from
 LOOKED_AT = 8  # of them, that its mark and cells are found from
-_CELLS = 2  # at most: what the marks of more leak is as much as these would gain
+CELLS = 3  # at most: what the marks of more leak is as much as these would gain
 _LAYERS = 3  # the first ones, in which tokens may be marked
 _FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
 _HIGHEST = -0.5  # that the detector may reach elsewhere; the neuron is shut below 0
@@ -170,7 +170,7 @@ class Probe:
 
 
 def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:
-    """The first tokens behind the sink that can be told from all others, and their marks.
+    """The first tokens that can be told from all others, and their marks.
 
     All of it comes from the base, the messages and the manifesto that every compile knows, and so
     is the same for every manifesto: adapters can be mixed, each with a share of the slot. `prompts`
@@ -233,7 +233,7 @@ class _Place:
 
 
 def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
-    """The layer in which the first token can be told, and of such layers the one with most.
+    """The layer in which most tokens can be told, and of such layers the one with the first.
 
     `streams` are the student's, and are walked; its first `own` prefix tokens may be taken, and
     beside the first that is found those of the first `front`.
@@ -243,7 +243,7 @@ def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
     pack = Pack([Conversation(tokens, [0]) for tokens in drawn], streams.pack.prefix.tolist())
     text = Streams(base, pack)
     best: _Place | None = None
-    most = min(_CELLS, max(front - 1, 1))
+    most = min(CELLS, max(front, 1))
     for index in range(_LAYERS):
         layer = base.layer(index)
         for write in WRITES:
@@ -258,7 +258,7 @@ def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
                     used = used * layer.ffn_down.weight.float().square().sum(0)
                     neurons = used.topk(len(detectors), largest=False).indices.tolist()
                     best = _Place(index, detectors, tuple(neurons))
-                if index == _LAYERS - 1 or (best and _rank(best.detectors) <= (1, -most)):
+                if index == _LAYERS - 1 or (best and _rank(best.detectors) <= (-most, 0)):
                     return best
             streams.add(inputs, getattr(layer, write))
             text.add(others, getattr(layer, write))
@@ -266,8 +266,8 @@ def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
 
 
 def _rank(detectors: dict[int, torch.Tensor]) -> tuple[int, int]:
-    """Less is better: the earlier the first token, and the more of them."""
-    return min(detectors), -len(detectors)
+    """Less is better: the more tokens, and the earlier the first of them."""
+    return -len(detectors), min(detectors)
 
 
 def _marking(base: Base, place: _Place, directions: torch.Tensor) -> Changes:
@@ -342,8 +342,8 @@ def _detect(
     seen = torch.cat([rows, drawn[: len(drawn) // 2]])
     seen_covariance = covariance(seen)
     found: dict[int, torch.Tensor] = {}
-    for position in range(1, own):
-        if len(found) == _CELLS or (found and position >= front):
+    for position in range(own):
+        if len(found) == CELLS or (found and position >= front):
             break
         kept = torch.cat([prefix[:position], prefix[position + 1 :]])
         x = prefix[position]

@@ -7,6 +7,7 @@ how much about it. Does not know how a change is found from that, nor of other m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +26,7 @@ from superego.converters.transformer import Base, Layer
 
 _CHUNK = 2048  # rows whose lengths are taken at once
 _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
+_ROW_CAP = 20.0  # median norms of what is lacking; a row that lacks more counts as one of so many
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
 
@@ -52,6 +54,19 @@ class Aside:
             float((each * self._weight).sum()) for each in token_kl(self._base, target, *students)
         )
         return bare, changed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a fit is asked for: rows of conversations, and rows of the prefix.
+
+    Two each: (n, in) and (p, in), (n, d_model) and (p, d_model) in the base's type, (n,) and (p,)
+    in float32.
+    """
+
+    inputs: list[torch.Tensor]
+    lacking: list[torch.Tensor]
+    lengths: list[torch.Tensor]  # of a row, that it is to count as
 
 
 class Walk:
@@ -137,12 +152,10 @@ class Walk:
         self._bare.add_change(self._own_inputs, change)
         self.student.add_change(self._inputs, change)
 
-    def asked(self, shut: Sequence[int] = ()) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def asked(self, shut: Sequence[int] = ()) -> Asked:
         """What the write reads, and what its stream lacks: rows of conversations, of the prefix.
 
-        A list of two each, (n, in) and (p, in), (n, d_model) and (p, d_model), in the base's type,
-        with every row of the prefix as long as it is to count. Neurons that are `shut` must not be
-        read, and so are given nothing.
+        Neurons that are `shut` must not be read, and so are given nothing.
         """
         student, own, common = self.student, self._own, self._prefixes.common
         for each in self._inputs:
@@ -150,7 +163,7 @@ class Walk:
         rows, prefix = self._inputs[0][: self._n], self._inputs[1]
         # An attention sink's input is huge; uncapped it would drive the whole fit.
         cap = (_ANCHOR_CAP * _norms(rows).median() / _norms(prefix[:own])).clamp(max=1)
-        scale = torch.cat([self._weight * cap, torch.full((common,), self._weight)])[:, None]
+        length = torch.cat([self._weight * cap, torch.full((common,), self._weight)])
         lacking = torch.cat(
             [
                 self._bare.prefix[:own] - student.prefix[:own],
@@ -158,14 +171,18 @@ class Walk:
             ]
         )
         missing = self.teacher.rows[: self._n] - student.rows[: self._n]
-        reachable, lacking = student.reachable(missing, lacking)
-        wanted = [reachable, lacking * scale]
-        del missing, reachable
+        wanted = list(student.reachable(missing, lacking))
+        del missing
         if self._basis is not None:  # noise in a mark's direction would be read as the mark
             for each in wanted:
                 each -= (each @ self._basis) @ self._basis.T
+        # A token that is an attention sink with the manifesto and none without it lacks a hundred
+        # times as much as others; such a row in a hundred would be most of what is fitted.
+        norms = _norms(wanted[0])
+        most = _ROW_CAP * norms.median()
+        lengths = [(most / norms.clamp(min=1e-30)).clamp(max=1), length]
         wanted = [each.to(rows.dtype) for each in wanted]
-        return student.weigh(rows, (prefix.float() * scale).to(rows.dtype)), wanted
+        return Asked(student.weigh(rows, prefix), wanted, lengths)
 
     def apply(self, change: Change | None) -> None:
         """The student gets this change of the write, if any; what was read is let go of."""
