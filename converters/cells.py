@@ -169,8 +169,7 @@ def settle(
     pull: torch.Tensor | None = None  # how much of the keys' distance from the start counts
     for _ in range(_STEPS):
         slope = attended[..., None] * (value - (wanted - lacking)[:, None])  # (q, n, head_dim)
-        normal = torch.einsum("qi,qjl,qk->jilk", query, slope @ slope.mT, query)
-        normal = normal.reshape(n * width, n * width)
+        normal = _normal(query, slope)
         scale = normal.diagonal().mean() + 1e-12
         pull = _PULL * scale if pull is None else pull
         towards = (slope @ lacking[..., None])[..., 0].T @ query - pull * (key - start)
@@ -189,6 +188,21 @@ def settle(
             break
         key, value, lacking, damping = moved, found, missing, damping / 3
     return key, value
+
+
+def _normal(query: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Σ over queries of slope_j·slope_k query queryᵀ, for each j and k: (n · width, n · width).
+
+    query (q, width); slope (q, n, head_dim). Blocks that are alike by symmetry are made once.
+    """
+    n, width = slope.shape[1], query.shape[1]
+    both = slope @ slope.mT  # (q, n, n)
+    normal = query.new_empty(n, width, n, width)
+    for j in range(n):
+        for k in range(j + 1):
+            block = query.T @ (query * both[:, j, k, None])  # itself symmetric
+            normal[j, :, k] = normal[k, :, j] = block
+    return normal.view(n * width, n * width)
 
 
 def _clusters(
