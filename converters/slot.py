@@ -54,7 +54,7 @@ _HIGHEST = -0.5  # that the detector may reach elsewhere; the neuron is shut bel
 _RANDOM = (128, 64)  # sequences and tokens of random text, for what conversations do not hold
 _GATE, _UP = 20.0, 8.0  # the detector's factors before the neuron's gate and its product
 _TOKEN_WEIGHT = 30.0  # of the token in a detector's fit, against the mean over all others
-_MARK = 5000.0  # the mark's length; streams have some tens to hundreds
+_MARK = 5000.0  # a mark's length; streams have some tens to hundreds
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,7 @@ def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> S
     keys: dict[int, torch.Tensor] = {}
     readings: list[Reading] = []
     read = looked_at(base)
+    sink = torch.zeros(shape.d_model)  # the first token's stream, where it is longest
     for index in range(shape.n_layer):
         layer = base.layer(index)
         if index > place.layer:
@@ -219,8 +220,18 @@ def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> S
         for write in WRITES:
             for each in (streams, teacher):
                 each.add(each.inputs(layer, write), getattr(layer, write))
-    marks = directions(readings)
-    return Slot(positions, place.layer, place.neurons, marks, keys, _marking(base, place, marks))
+        if streams.prefix[0].norm() > sink.norm():
+            sink = streams.prefix[0].clone()
+    marks = _MARK * directions(readings)
+    if positions[0] == 0:
+        # Rows have most of their attention on the sink, and nearly whole what its value is off by:
+        # of a mark spread over all coordinates half a percent, in runtimes that round to 8 bits
+        # what a matrix reads. What makes it a sink lies in few coordinates, which are hardly
+        # rounded. So that is its mark as well.
+        marks[0] += sink
+    changes = _marking(base, place, marks)
+    unit = F.normalize(marks, dim=1)
+    return Slot(positions, place.layer, place.neurons, unit, keys, changes)
 
 
 @dataclass(frozen=True)
@@ -270,8 +281,11 @@ def _rank(detectors: dict[int, torch.Tensor]) -> tuple[int, int]:
     return -len(detectors), min(detectors)
 
 
-def _marking(base: Base, place: _Place, directions: torch.Tensor) -> Changes:
-    """The changes that have each of the place's neurons open at its token and write its mark."""
+def _marking(base: Base, place: _Place, marks: torch.Tensor) -> Changes:
+    """The changes that have each of the place's neurons open at its token and write its mark.
+
+    marks (n, d_model).
+    """
     shape, layer, neurons = base.shape, base.layer(place.layer), list(place.neurons)
     assert layer.ffn_down.weight is not None
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
@@ -279,7 +293,7 @@ def _marking(base: Base, place: _Place, directions: torch.Tensor) -> Changes:
     detectors = torch.stack([place.detectors[i] for i in sorted(place.detectors)])
     gate, up = layer.gate_up[neurons].float(), layer.gate_up[shape.d_ff :][neurons].float()
     down = layer.ffn_down.weight[:, neurons].float()  # (d_model, n)
-    mark = _MARK / peak / shape.residual_scale * directions.T
+    mark = marks.T / (peak * shape.residual_scale)
     return {
         (place.layer, "ffn_gate"): Change(_GATE * detectors - gate, one.T.contiguous()),
         (place.layer, "ffn_up"): Change(_UP * detectors - up, one.T.contiguous()),
