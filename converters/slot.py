@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from superego.converters.cells import Attended, queries, stand_in
+from superego.converters.cells import Attended, Elsewhere, queries, stand_in
 from superego.converters.mark import (
     Reading,
     answering,
@@ -46,6 +46,9 @@ from superego.converters.transformer import (
 
 _CONVERSATIONS = 64  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token is found from
+# Rows of plain text, as a share of those of conversations. So few keep text that is no chat as it was,
+# and cost next to nothing of what the sink's cell gains (docs/tries.md, twenty-second round).
+_PLAIN = 0.07
 LOOKED_AT = 8  # of them, that its mark and cells are found from
 CELLS = 3  # at most: what the marks of more leak is as much as these would gain
 _LAYERS = 3  # the first ones, in which tokens may be marked
@@ -94,11 +97,18 @@ class Slots:
 class Probe:
     """A look at the teacher's streams: what few cells in the manifesto's place would be."""
 
-    def __init__(self, streams: Streams, prefixes: Prefixes, positions: Sequence[int]) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        prefixes: Prefixes,
+        positions: Sequence[int],
+        plain: Streams | None = None,
+    ) -> None:
         """`streams` are the teacher's, which the fit walks; `positions` the slot's in the prefix
-        of the student."""
+        of the student. `plain` is text behind the prefix's first token, which is a slot's."""
         teacher, student, common = prefixes.teacher, prefixes.student, prefixes.common
         self._n = len(positions)
+        self._plain = plain
         self._base, self._streams = streams.base, streams
         # a pack is sorted by length: conversations of all lengths are looked at
         lengths = streams.pack.rows.lengths[: streams.pack.n_fitted]
@@ -139,6 +149,8 @@ class Probe:
         query, own = queries(base, stream, self._rows, turned, index, self.generator)
         if near is not None:
             near = self._turned(near, index, self._moved)
+        asked = query.shape[1] * base.shape.n_head_kv // base.shape.n_head  # rows
+        plain = self._of_plain(index, max(round(_PLAIN * asked), 1)) if self._plain else None
         fitted = []
         for h in range(base.shape.n_head_kv):
             ends = Attended.of(query[h], keys[h, self._shared], values[h, self._shared])
@@ -150,9 +162,27 @@ class Probe:
             key, value = keys[h, self._gone], values[h, self._gone]
             like = None if near is None else near[h]
             shared = Attended(total, shares)
-            fitted.append(stand_in(query[h], shared, key, value, instead, self._n, like))
+            elsewhere = plain[h] if plain else None
+            fitted.append(stand_in(query[h], shared, key, value, instead, self._n, like, elsewhere))
         key, value = (torch.stack(each) for each in zip(*fitted, strict=True))
         return self._turned(key, index, -self._moved), value
+
+    def _of_plain(self, index: int, most: int) -> list[Elsewhere]:
+        """What `most` rows of plain text get behind the first token, for each key-value head."""
+        base, plain = self._base, self._plain
+        assert plain is not None
+        turned = base.rotation(plain.pack.rows.positions + self._moved, index)
+        rows = plain.pack.rows
+        query, own = queries(base, plain.rows, rows, turned, index, self.generator, most)
+        at = base.rotation(torch.tensor([self._moved]), index)
+        key, value = self._cells(index, plain.prefix, at)
+        found = []
+        for h in range(base.shape.n_head_kv):
+            theirs = Attended(own.mass[h], own.output[h])
+            sink = Attended.of(query[h], key[h], value[h])
+            total = torch.logaddexp(theirs.mass, sink.mass)
+            found.append(Elsewhere(query[h], theirs, theirs.share(total) + sink.share(total)))
+        return found
 
     def _turned(self, keys: torch.Tensor, index: int, by: int) -> torch.Tensor:
         """Keys (n_head_kv, n, head_dim) as they are at positions that many further on."""
