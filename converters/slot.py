@@ -46,8 +46,8 @@ from superego.converters.transformer import (
 
 _CONVERSATIONS = 64  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token is found from
-# Rows of plain text, as a share of those of conversations. So few keep text that is no chat as it was,
-# and cost next to nothing of what the sink's cell gains (docs/tries.md, twenty-second round).
+# Rows of plain text, as a share of those of conversations. So few keep text that is no chat as it
+# was, and cost next to nothing of what the sink's cell gains (docs/tries.md, twenty-second round).
 _PLAIN = 0.07
 LOOKED_AT = 8  # of them, that its mark and cells are found from
 CELLS = 3  # at most: what the marks of more leak is as much as these would gain
