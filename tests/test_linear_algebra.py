@@ -91,3 +91,21 @@ def test_rows_that_come_in_parts_are_fitted_as_one() -> None:
     assert torch.allclose(whole.b @ whole.a, parts.b @ parts.a, atol=1e-4)
     alone = fit([inputs[:270]], [wanted[:270]], 40, 0.3)
     assert not torch.allclose(whole.b @ whole.a, alone.b @ alone.a, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [60, 300])  # fewer than inputs, and more
+def test_a_rows_length_is_what_it_is_multiplied_by(rows: int) -> None:
+    generator = torch.Generator().manual_seed(11)
+    inputs = torch.randn(rows, 100, generator=generator)
+    wanted = torch.randn(rows, 40, generator=generator)
+    lengths = torch.rand(rows, generator=generator)
+    parts = [0, rows - 20], [rows - 20, rows]
+    cut = [slice(*part) for part in parts]
+    given = fit(
+        [inputs[c] for c in cut], [wanted[c] for c in cut], 40, 0.3, [lengths[c] for c in cut]
+    )
+    by_hand = fit([inputs * lengths[:, None]], [wanted * lengths[:, None]], 40, 0.3)
+    found, asked = given.b @ given.a, by_hand.b @ by_hand.a
+    assert torch.allclose(found, asked, atol=1e-4 * float(asked.abs().max()))
+    plain = fit([inputs], [wanted], 40, 0.3)
+    assert not torch.allclose(found, plain.b @ plain.a, atol=0.1 * float(asked.abs().max()))
