@@ -274,17 +274,17 @@ class _Place:
 
 
 def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
-    """The layer in which most tokens can be told, and of such layers the one with the first.
+    """The layer in which the first token can be told, and of such layers the one with most.
 
     `streams` are the student's, and are walked; its first `own` prefix tokens may be taken, and
-    beside the first that is found those of the first `front`.
+    beside the first that is found those of the first `front`, the sink last.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     drawn = torch.randint(base.shape.n_vocab, _RANDOM, generator=generator, device="cpu").tolist()
     pack = Pack([Conversation(tokens, [0]) for tokens in drawn], streams.pack.prefix.tolist())
     text = Streams(base, pack)
     best: _Place | None = None
-    most = min(CELLS, max(front, 1))
+    most = min(CELLS - 1, max(front - 1, 1)) + (front > 0)
     for index in range(_LAYERS):
         layer = base.layer(index)
         for write in WRITES:
@@ -299,7 +299,7 @@ def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
                     used = used * layer.ffn_down.weight.float().square().sum(0)
                     neurons = used.topk(len(detectors), largest=False).indices.tolist()
                     best = _Place(index, detectors, tuple(neurons))
-                if index == _LAYERS - 1 or (best and _rank(best.detectors) <= (-most, 0)):
+                if index == _LAYERS - 1 or (best and _rank(best.detectors) <= (1, -most)):
                     return best
             streams.add(inputs, getattr(layer, write))
             text.add(others, getattr(layer, write))
@@ -307,8 +307,8 @@ def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
 
 
 def _rank(detectors: dict[int, torch.Tensor]) -> tuple[int, int]:
-    """Less is better: the more tokens, and the earlier the first of them."""
-    return -len(detectors), min(detectors)
+    """Less is better: the earlier the first token behind the sink, and the more of them."""
+    return min(position for position in detectors if position), -len(detectors)
 
 
 def _marking(base: Base, place: _Place, marks: torch.Tensor) -> Changes:
@@ -386,9 +386,11 @@ def _detect(
     seen = torch.cat([rows, drawn[: len(drawn) // 2]])
     seen_covariance = covariance(seen)
     found: dict[int, torch.Tensor] = {}
-    for position in range(own):
-        if len(found) == CELLS or (found and position >= front):
+    for position in [*range(1, own), 0]:
+        if position == 0 and not (found and front):
             break
+        if position and (len(found) == CELLS - 1 or (found and position >= front)):
+            continue
         kept = torch.cat([prefix[:position], prefix[position + 1 :]])
         x = prefix[position]
         normal = seen_covariance + _TOKEN_WEIGHT * torch.outer(x, x) + kept.T @ kept / len(kept)
