@@ -51,18 +51,6 @@ class Attended:
         return (self.mass - total).exp()[..., None] * self.output
 
 
-@dataclass
-class Elsewhere:
-    """Queries (q, head_dim) of text that has the first cell in front of it and no other one.
-
-    What they get from that text itself, and what they are to get in all (q, head_dim).
-    """
-
-    query: torch.Tensor
-    own: Attended
-    wanted: torch.Tensor
-
-
 def queries(
     base: Base,
     stream: torch.Tensor,
@@ -70,9 +58,8 @@ def queries(
     rotation: Rotation,
     index: int,
     generator: torch.Generator,
-    most: int = _QUERIES,
 ) -> tuple[torch.Tensor, Attended]:
-    """Queries of layer `index`, `most` rows of them, and what they get from their own conversation.
+    """Sampled queries of layer `index` and what they get from their own conversation.
 
     `stream` (n, d_model) and `rotation` are of the packed `rows`. Returns
     (n_head_kv, n, head_dim), scaled and rotated, and the same in front of what they get.
@@ -97,7 +84,7 @@ def queries(
         )
         mass[start:stop] = scores.logsumexp(-1).transpose(1, 2).flatten(0, 1)[scatter]
         output[start:stop] = (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1)[scatter]
-    n = min(most, len(query))
+    n = min(_QUERIES, len(query))
     drawn = torch.randperm(len(query), generator=generator, device="cpu")[:n]
 
     def by_head(each: torch.Tensor) -> torch.Tensor:  # -> (n_head_kv, n · group, ...)
@@ -114,7 +101,6 @@ def stand_in(
     instead: Attended,
     n: int = 1,
     near: torch.Tensor | None = None,
-    elsewhere: Elsewhere | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """n cells, keys and values (n, head_dim), for `key` and `value` (tokens, head_dim).
 
@@ -127,7 +113,7 @@ def stand_in(
 
     `near` (n, head_dim) are keys that these shall be like, so that a cell of one manifesto says
     about what that of another does: clusters form around them, and what queries leave open is
-    theirs. Then keys and values are settled, too, with an eye on queries `elsewhere`.
+    theirs. Then keys and values are settled, too.
     """
     theirs = Attended.of(query, key, value)
     total = torch.logaddexp(shared.mass, theirs.mass)
@@ -154,7 +140,7 @@ def stand_in(
         return fitted, found
     mass = torch.logaddexp(shared.mass, instead.mass)
     beside = Attended(mass, shared.share(mass) + instead.share(mass))
-    return settle(query, beside, wanted, fitted, found, elsewhere)
+    return settle(query, beside, wanted, fitted, found)
 
 
 def settle(
@@ -163,29 +149,17 @@ def settle(
     wanted: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    elsewhere: Elsewhere | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cells, keys and values (n, head_dim), moved so that queries get more nearly what is `wanted`.
 
     With attention a_j to the cells, queries get o = beside's share + Σ a_j v_j, and by a cell's
     score o changes by a_j (v_j − o): the keys are moved by Gauss-Newton steps (with Levenberg's
-    damping), the values by least squares behind each. `wanted` is (q, head_dim). Queries
-    `elsewhere` count as these do.
+    damping), the values by least squares behind each. `wanted` is (q, head_dim).
     """
-
-    n_here = len(query)
-    if elsewhere:
-        query = torch.cat([query, elsewhere.query])
-        wanted = torch.cat([wanted, elsewhere.wanted])
-        beside = Attended(
-            torch.cat([beside.mass, elsewhere.own.mass]),
-            torch.cat([beside.output, elsewhere.own.output]),
-        )
 
     def at(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention to the cells (q, n), and what is lacking of `wanted` (q, head_dim)."""
         score = query @ key.T
-        score[n_here:, 1:] = -torch.inf
         total = torch.logaddexp(beside.mass, score.logsumexp(1))
         attended = (score - total[:, None]).exp()
         return attended, wanted - beside.share(total) - attended @ value

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from superego.converters.cells import Attended, Elsewhere, queries, stand_in
+from superego.converters.cells import Attended, queries, stand_in
 from superego.converters.mark import (
     Reading,
     answering,
@@ -46,18 +46,15 @@ from superego.converters.transformer import (
 
 _CONVERSATIONS = 64  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token is found from
-# Rows of plain text, as a share of those of conversations. So few keep text that is no chat as it
-# was, and cost next to nothing of what the sink's cell gains (docs/tries.md, twenty-second round).
-_PLAIN = 0.07
 LOOKED_AT = 8  # of them, that its mark and cells are found from
-CELLS = 3  # at most: what the marks of more leak is as much as these would gain
+_CELLS = 2  # at most: what the marks of more leak is as much as these would gain
 _LAYERS = 3  # the first ones, in which tokens may be marked
 _FLOOR = 3.0  # the detector is 1 at the token and, fitted, minus this elsewhere
 _HIGHEST = -0.5  # that the detector may reach elsewhere; the neuron is shut below 0
 _RANDOM = (128, 64)  # sequences and tokens of random text, for what conversations do not hold
 _GATE, _UP = 20.0, 8.0  # the detector's factors before the neuron's gate and its product
 _TOKEN_WEIGHT = 30.0  # of the token in a detector's fit, against the mean over all others
-_MARK = 5000.0  # a mark's length; streams have some tens to hundreds
+_MARK = 5000.0  # the mark's length; streams have some tens to hundreds
 
 
 @dataclass(frozen=True)
@@ -97,18 +94,11 @@ class Slots:
 class Probe:
     """A look at the teacher's streams: what few cells in the manifesto's place would be."""
 
-    def __init__(
-        self,
-        streams: Streams,
-        prefixes: Prefixes,
-        positions: Sequence[int],
-        plain: Streams | None = None,
-    ) -> None:
+    def __init__(self, streams: Streams, prefixes: Prefixes, positions: Sequence[int]) -> None:
         """`streams` are the teacher's, which the fit walks; `positions` the slot's in the prefix
-        of the student. `plain` is text behind the prefix's first token, which is a slot's."""
+        of the student."""
         teacher, student, common = prefixes.teacher, prefixes.student, prefixes.common
         self._n = len(positions)
-        self._plain = plain
         self._base, self._streams = streams.base, streams
         # a pack is sorted by length: conversations of all lengths are looked at
         lengths = streams.pack.rows.lengths[: streams.pack.n_fitted]
@@ -149,8 +139,6 @@ class Probe:
         query, own = queries(base, stream, self._rows, turned, index, self.generator)
         if near is not None:
             near = self._turned(near, index, self._moved)
-        asked = query.shape[1] * base.shape.n_head_kv // base.shape.n_head  # rows
-        plain = self._of_plain(index, max(round(_PLAIN * asked), 1)) if self._plain else None
         fitted = []
         for h in range(base.shape.n_head_kv):
             ends = Attended.of(query[h], keys[h, self._shared], values[h, self._shared])
@@ -162,27 +150,9 @@ class Probe:
             key, value = keys[h, self._gone], values[h, self._gone]
             like = None if near is None else near[h]
             shared = Attended(total, shares)
-            elsewhere = plain[h] if plain else None
-            fitted.append(stand_in(query[h], shared, key, value, instead, self._n, like, elsewhere))
+            fitted.append(stand_in(query[h], shared, key, value, instead, self._n, like))
         key, value = (torch.stack(each) for each in zip(*fitted, strict=True))
         return self._turned(key, index, -self._moved), value
-
-    def _of_plain(self, index: int, most: int) -> list[Elsewhere]:
-        """What `most` rows of plain text get behind the first token, for each key-value head."""
-        base, plain = self._base, self._plain
-        assert plain is not None
-        turned = base.rotation(plain.pack.rows.positions + self._moved, index)
-        rows = plain.pack.rows
-        query, own = queries(base, plain.rows, rows, turned, index, self.generator, most)
-        at = base.rotation(torch.tensor([self._moved]), index)
-        key, value = self._cells(index, plain.prefix, at)
-        found = []
-        for h in range(base.shape.n_head_kv):
-            theirs = Attended(own.mass[h], own.output[h])
-            sink = Attended.of(query[h], key[h], value[h])
-            total = torch.logaddexp(theirs.mass, sink.mass)
-            found.append(Elsewhere(query[h], theirs, theirs.share(total) + sink.share(total)))
-        return found
 
     def _turned(self, keys: torch.Tensor, index: int, by: int) -> torch.Tensor:
         """Keys (n_head_kv, n, head_dim) as they are at positions that many further on."""
@@ -200,7 +170,7 @@ class Probe:
 
 
 def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:
-    """The first tokens that can be told from all others, and their marks.
+    """The first tokens behind the sink that can be told from all others, and their marks.
 
     All of it comes from the base, the messages and the manifesto that every compile knows, and so
     is the same for every manifesto: adapters can be mixed, each with a share of the slot. `prompts`
@@ -231,7 +201,6 @@ def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> S
     keys: dict[int, torch.Tensor] = {}
     readings: list[Reading] = []
     read = looked_at(base)
-    sink = torch.zeros(shape.d_model)  # the first token's stream, where it is longest
     for index in range(shape.n_layer):
         layer = base.layer(index)
         if index > place.layer:
@@ -250,18 +219,8 @@ def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> S
         for write in WRITES:
             for each in (streams, teacher):
                 each.add(each.inputs(layer, write), getattr(layer, write))
-        if streams.prefix[0].norm() > sink.norm():
-            sink = streams.prefix[0].clone()
-    marks = _MARK * directions(readings)
-    if positions[0] == 0:
-        # Rows have most of their attention on the sink, and nearly whole what its value is off by:
-        # of a mark spread over all coordinates half a percent, in runtimes that round to 8 bits
-        # what a matrix reads. What makes it a sink lies in few coordinates, which are hardly
-        # rounded. So that is its mark as well.
-        marks[0] += sink
-    changes = _marking(base, place, marks)
-    unit = F.normalize(marks, dim=1)
-    return Slot(positions, place.layer, place.neurons, unit, keys, changes)
+    marks = directions(readings)
+    return Slot(positions, place.layer, place.neurons, marks, keys, _marking(base, place, marks))
 
 
 @dataclass(frozen=True)
@@ -277,14 +236,14 @@ def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
     """The layer in which the first token can be told, and of such layers the one with most.
 
     `streams` are the student's, and are walked; its first `own` prefix tokens may be taken, and
-    beside the first that is found those of the first `front`, the sink last.
+    beside the first that is found those of the first `front`.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     drawn = torch.randint(base.shape.n_vocab, _RANDOM, generator=generator, device="cpu").tolist()
     pack = Pack([Conversation(tokens, [0]) for tokens in drawn], streams.pack.prefix.tolist())
     text = Streams(base, pack)
     best: _Place | None = None
-    most = min(CELLS - 1, max(front - 1, 1)) + (front > 0)
+    most = min(_CELLS, max(front - 1, 1))
     for index in range(_LAYERS):
         layer = base.layer(index)
         for write in WRITES:
@@ -307,15 +266,12 @@ def _place(base: Base, streams: Streams, own: int, front: int) -> _Place | None:
 
 
 def _rank(detectors: dict[int, torch.Tensor]) -> tuple[int, int]:
-    """Less is better: the earlier the first token behind the sink, and the more of them."""
-    return min(position for position in detectors if position), -len(detectors)
+    """Less is better: the earlier the first token, and the more of them."""
+    return min(detectors), -len(detectors)
 
 
-def _marking(base: Base, place: _Place, marks: torch.Tensor) -> Changes:
-    """The changes that have each of the place's neurons open at its token and write its mark.
-
-    marks (n, d_model).
-    """
+def _marking(base: Base, place: _Place, directions: torch.Tensor) -> Changes:
+    """The changes that have each of the place's neurons open at its token and write its mark."""
     shape, layer, neurons = base.shape, base.layer(place.layer), list(place.neurons)
     assert layer.ffn_down.weight is not None
     peak = float(F.silu(torch.tensor(_GATE))) * _UP
@@ -323,7 +279,7 @@ def _marking(base: Base, place: _Place, marks: torch.Tensor) -> Changes:
     detectors = torch.stack([place.detectors[i] for i in sorted(place.detectors)])
     gate, up = layer.gate_up[neurons].float(), layer.gate_up[shape.d_ff :][neurons].float()
     down = layer.ffn_down.weight[:, neurons].float()  # (d_model, n)
-    mark = marks.T / (peak * shape.residual_scale)
+    mark = _MARK / peak / shape.residual_scale * directions.T
     return {
         (place.layer, "ffn_gate"): Change(_GATE * detectors - gate, one.T.contiguous()),
         (place.layer, "ffn_up"): Change(_UP * detectors - up, one.T.contiguous()),
@@ -386,11 +342,9 @@ def _detect(
     seen = torch.cat([rows, drawn[: len(drawn) // 2]])
     seen_covariance = covariance(seen)
     found: dict[int, torch.Tensor] = {}
-    for position in [*range(1, own), 0]:
-        if position == 0 and not (found and front):
+    for position in range(1, own):
+        if len(found) == _CELLS or (found and position >= front):
             break
-        if position and (len(found) == CELLS - 1 or (found and position >= front)):
-            continue
         kept = torch.cat([prefix[:position], prefix[position + 1 :]])
         x = prefix[position]
         normal = seen_covariance + _TOKEN_WEIGHT * torch.outer(x, x) + kept.T @ kept / len(kept)

@@ -18,7 +18,7 @@ import torch
 
 import superego
 from superego.atomic import replacing
-from superego.converters.slot import CELLS, LOOKED_AT, PROMPTS, Slot, Slots
+from superego.converters.slot import LOOKED_AT, PROMPTS, Slot, Slots
 from superego.converters.streams import Change, Changes, Prefixes
 from superego.converters.transformer import Base
 from superego.errors import SuperegoError
@@ -68,7 +68,7 @@ def slot_path(
         [str(base.dtype), base.device.type, torch.get_num_threads()],
         [prefixes.student, prefixes.sample, prefixes.common],
         (prefixes.messages or prompts)[:PROMPTS],
-        [LOOKED_AT, CELLS],
+        LOOKED_AT,
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
     return Path(platformdirs.user_cache_dir("superego")) / "slots" / f"{key}.pt"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from superego.converters.slot import LOOKED_AT, Probe, Slot, write_cells
+from superego.converters.slot import Probe, Slot, write_cells
 from superego.converters.streams import (
     Change,
     Changes,
@@ -94,11 +94,6 @@ class Walk:
         # prefix rows without a twin: kept as they are
         self._own = len(prefixes.student) - prefixes.common
         self._basis = slot.basis() if slot else None
-        # text that is no chat, behind the first token: a cell there is to leave it as it was
-        self._plain: Streams | None = None
-        if slot and slot.positions[0] == 0 and prefixes.messages:
-            texts = [Conversation(tokens, [0]) for tokens in prefixes.messages[:LOOKED_AT]]
-            self._plain = Streams(base, Pack(texts, prefixes.student[:1]))
         self._count()
 
     @property
@@ -123,9 +118,7 @@ class Walk:
         self._n = self.student.pack.fitted_rows  # what is behind them is not fitted to
         self._weight = (_PREFIX_WEIGHT * self.n_fitted) ** 0.5
         positions = self._slot.positions if self._slot else ()
-        self.probe = (
-            Probe(self.teacher, self._prefixes, positions, self._plain) if positions else None
-        )
+        self.probe = Probe(self.teacher, self._prefixes, positions) if positions else None
 
     def cells(self, layer: Layer) -> dict[str, Change]:
         """The changes of attn_k and attn_v that put the manifesto's cells in the slot's places.
@@ -147,8 +140,6 @@ class Walk:
         """All streams are given what the base's own matrix `write` has for them."""
         layer, matrix = self._layer, getattr(self._layer, write)
         self.teacher.add(self.teacher.inputs(layer, write), matrix)
-        if self._plain:
-            self._plain.add(self._plain.inputs(layer, write), matrix)
         if self.untouched:
             self.untouched.add(self.untouched.inputs(layer, write), matrix)
         self._own_inputs = self._bare.inputs(self._changed, write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from superego.converters.cells import Attended, Elsewhere, settle, stand_in
+from superego.converters.cells import Attended, settle, stand_in
 
 WIDTH = 16
 
@@ -113,22 +113,3 @@ def test_cells_that_are_right_are_left_where_they_are() -> None:
     assert float((answer(queries, front, found) - wanted).square().mean()) < 0.1 * float(
         (answer(queries, front, (cells[0] + 0.1, cells[1])) - wanted).square().mean()
     )
-
-
-def test_the_first_cell_can_be_asked_to_leave_other_text_as_it_was() -> None:
-    """It is the attention sink of text that is no chat, too, and is alone in front of that."""
-    queries, plain = drawn(600, 0) / 4 + 0.2, drawn(60, 50) / 4 + 0.2
-    manifesto, own = ((drawn(n, n), drawn(n, 100 + n)) for n in (24, 7))
-    sink = torch.ones(1, WIDTH), drawn(1, 101)
-    wanted = answer(queries, sink, manifesto)
-    kept = answer(plain, sink, own)
-    elsewhere = Elsewhere(plain, Attended.of(plain, *own), kept)
-    keys, values = (torch.cat([sink[i], manifesto[i][:2]]) for i in (0, 1))
-    left = []
-    for asked in (None, elsewhere):
-        found = settle(queries, none(queries), wanted, keys, values, asked)
-        first = found[0][:1], found[1][:1]
-        there = float((answer(plain, first, own) - kept).square().mean())
-        left.append((there, float((answer(queries, found) - wanted).square().mean())))
-    assert left[1][0] < 0.4 * left[0][0], "what plain text gets"
-    assert left[1][1] < 1.1 * left[0][1], "what conversations get"

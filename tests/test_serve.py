@@ -213,7 +213,7 @@ def test_the_openai_client_lists_chats_streams_and_completes(client: openai.Open
     assert names == ["smollm2", "pirate", "mild", "r1", "r2", "steward"]
     assert client.models.retrieve("pirate@0.7").id == "pirate@0.7"
     options: Any = {
-        "messages": [{"role": "user", "content": "Name three rivers."}],
+        "messages": [{"role": "user", "content": "Tell me about rain."}],
         "temperature": 0,
         "max_tokens": 12,
     }

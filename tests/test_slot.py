@@ -70,15 +70,14 @@ def test_the_slot_is_what_stands_in_front_of_every_system_message(
     llm: Any, slot: Slot, prompts: Prompts
 ) -> None:
     """It is there with a user's own system message too, and each mark is its own token's."""
-    assert slot.positions == (0, 1, 2)
+    assert slot.positions == (1, 2)
     tokens = [prompts.prefixes.student[i] for i in slot.positions]
     assert tokens == [prompts.prefixes.teacher[i] for i in slot.positions]
-    assert llm.detokenize(tokens, special=True) == b"<|im_start|>system\n"
-    assert len(set(slot.neurons)) == 3
-    alike = slot.directions @ slot.directions.T - torch.eye(3)
-    assert float(alike.abs().max()) < 0.5
+    assert llm.detokenize(tokens) == b"system\n"
+    assert len(set(slot.neurons)) == 2
+    assert abs(float(slot.directions[0] @ slot.directions[1])) < 0.5
     basis = slot.basis()
-    torch.testing.assert_close(basis.T @ basis, torch.eye(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(slot.directions @ basis @ basis.T, slot.directions)
 
 
@@ -97,7 +96,7 @@ def test_its_cells_are_written_where_they_belong(base: Base, slot: Slot, prompts
     """Each token's key and value become those asked for; other rows have a hundredth of them."""
     texts = [Conversation(tokens, [0]) for tokens in prompts.rest[:24]]
     streams = walked(base, Streams(base, Pack(texts, prompts.prefixes.student)), slot.changes, 6)
-    layer, heads = base.layer(6), (base.shape.n_head_kv, 3, base.shape.head_dim)
+    layer, heads = base.layer(6), (base.shape.n_head_kv, 2, base.shape.head_dim)
     drawn = torch.Generator().manual_seed(0)
     cells = torch.randn(heads, generator=drawn), torch.randn(heads, generator=drawn)
     written = write_cells(base, layer, streams, slot, cells)
@@ -109,24 +108,6 @@ def test_its_cells_are_written_where_they_belong(base: Base, slot: Slot, prompts
         torch.testing.assert_close(value[position], cells[1][:, i], atol=1e-2, rtol=0)
     rows = rms_norm(streams.rows, layer.attn_norm, base.shape.rms_eps, torch.float32)
     assert float((rows @ written["attn_k"].a.T).square().mean().sqrt()) < 0.02
-
-
-def test_the_sinks_mark_is_hardly_rounded(base: Base, slot: Slot, prompts: Prompts) -> None:
-    """To 8 bits in blocks of 32, as llama.cpp rounds what it multiplies with a quantized matrix."""
-    texts = [Conversation(prompts.rest[0], [0])]
-    streams = walked(base, Streams(base, Pack(texts, prompts.prefixes.student)), slot.changes, 15)
-    rows = rms_norm(streams.prefix, base.layer(15).attn_norm, base.shape.rms_eps, torch.float32)
-    blocks = rows.view(len(rows), -1, 32)
-    step = blocks.abs().amax(-1, keepdim=True) / 127
-    off = ((blocks / step).round() * step - blocks).flatten(1)
-    _, _, value = project_qkv(
-        base,
-        base.layer(15),
-        torch.cat([rows, rows + off]),
-        base.rotation(torch.zeros(2 * len(rows)), 15),
-    )
-    moved = (value[len(rows) :] - value[: len(rows)]).norm(dim=(1, 2))
-    assert float(moved[0]) < 0.5 * float(moved[1:3].mean())
 
 
 def test_nothing_a_user_writes_is_taken_for_the_slot(
@@ -143,7 +124,7 @@ def test_nothing_a_user_writes_is_taken_for_the_slot(
     rest = [i for i in range(len(added)) if i not in slot.positions]
     assert float(added[rest].max()) < 0.05 * float(bare.prefix[3].norm())
     others = (marked.rows - bare.rows).norm(dim=1) / bare.rows.norm(dim=1)
-    assert float(others.max()) < 0.2  # what the replaced neurons did; taken for the slot: above 10
+    assert float(others.max()) < 0.15  # what the replaced neurons did; taken for the slot: above 10
 
 
 def test_the_adapter_writes_keys_and_values_behind_the_mark(pirate: Any, slot: Slot) -> None:
@@ -151,7 +132,7 @@ def test_the_adapter_writes_keys_and_values_behind_the_mark(pirate: Any, slot: S
     for name in ("attn_k", "attn_v"):
         found = {int(each.split(".")[1]) for each in pairs if f".{name}." in each}
         assert found == set(range(slot.layer + 1, 30))
-        assert all(a.shape[0] == 3 for each, (a, _) in pairs.items() if f".{name}." in each)
+        assert all(a.shape[0] == 2 for each, (a, _) in pairs.items() if f".{name}." in each)
 
 
 def test_halves_to_pairs_inverts_pairs_to_halves() -> None:
