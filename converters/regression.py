@@ -123,11 +123,14 @@ def _moments(
     for part, missing, length in zip(inputs, lacking, lengths, strict=True):
         for start in range(0, len(part), chunk):
             rows = slice(start, start + chunk)
-            x = torch.addcmul(-mean, part[rows], length[rows, None])
-            r = missing[rows] * length[rows, None]
+            x, r, long = part[rows], missing[rows], length[rows, None]
+            if chunk > _GRAM_CHUNK:  # copied to a layout that wide products are faster in
+                x, r = (each.T.clone(memory_format=torch.contiguous_format).T for each in (x, r))
+                torch.addcmul(-mean, x, long, out=x)
+                r *= long
+            else:
+                x, r = torch.addcmul(-mean, x, long), r * long
             wanted += r.float().sum(0)
-            if chunk > _GRAM_CHUNK:  # a layout that wide products are faster in
-                x, r = x.T.contiguous().T, r.T.contiguous().T
             total += ones[: len(x)] @ x
             for left in range(0, width, _GRAM_BLOCK):  # upper blocks: nothing reads the others
                 columns = slice(left, left + _GRAM_BLOCK)

@@ -162,7 +162,7 @@ class Walk:
             each[:, list(shut)] = 0
         rows, prefix = self._inputs[0][: self._n], self._inputs[1]
         # An attention sink's input is huge; uncapped it would drive the whole fit.
-        cap = (_ANCHOR_CAP * _norms(rows).median() / _norms(prefix[:own])).clamp(max=1)
+        cap = _at_most(_ANCHOR_CAP * _norms(rows).median(), _norms(prefix[:own]))
         length = torch.cat([self._weight * cap, torch.full((common,), self._weight)])
         lacking = torch.cat(
             [
@@ -179,8 +179,7 @@ class Walk:
         # A token that is an attention sink with the manifesto and none without it lacks a hundred
         # times as much as others; such a row in a hundred would be most of what is fitted.
         norms = _norms(wanted[0])
-        most = _ROW_CAP * norms.median()
-        lengths = [(most / norms.clamp(min=1e-30)).clamp(max=1), length]
+        lengths = [_at_most(_ROW_CAP * norms.median(), norms), length]
         wanted = [each.to(rows.dtype) for each in wanted]
         return Asked(student.weigh(rows, prefix), wanted, lengths)
 
@@ -193,6 +192,11 @@ class Walk:
     def leave(self) -> None:
         """The layer is let go of: the next one is read without it in memory."""
         del self._layer, self._changed
+
+
+def _at_most(most: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """What rows of these norms (n,) are multiplied by, so that none is longer than `most`."""
+    return (most / norms.clamp(min=1e-30)).clamp(max=1)
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
