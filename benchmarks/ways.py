@@ -4,7 +4,8 @@ For each persona: bare base, system message, session, control vector, closed for
 efforts, distillation at the wall time of each and at ten minutes, and closed form + refine. Every
 adapter is made by the real command. Writes ways.json after each measurement and goes on from it,
 so that it can be run in parts: what it holds a report of is not made again, be its file there or
-not. Prints Markdown tables and draws two plots (PNG and SVG).
+not. Prints Markdown tables and draws two plots (PNG and SVG); with --docs the tables, plots and
+figures replace those of the README and docs/ too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -89,6 +91,8 @@ def build(way: str, name: str, out: Path, made: dict[str, Any], base: str) -> di
         "bytes": path.stat().st_size,
         "seconds": round(seconds, 1),
         "peak memory MB": report.get("peak memory MB"),
+        "date": date.today().isoformat(),
+        "machine": machine(),
         "report": report,
     }
 
@@ -232,13 +236,7 @@ def by_persona(results: Results) -> str:
         persona = results["personas"][name]
         rows += f"| {name} |"
         for way in found:
-            report = persona["reports"].get(way)
-            if report is None:
-                rows += " |"
-                continue
-            k, drift = report["kl_recovered"], report["drift_adapter"]
-            rows += f" {k['value']:.3f} ({k['low']:.3f}–{k['high']:.3f}), {drift:.3f}, "
-            rows += f"{persona['made'][way]['seconds']:.0f} s |"
+            rows += f" {_cell(persona, way)} |"
         rows += "\n"
     head = "| KL recovered (95 %), drift, build | " + " | ".join(found) + " |\n"
     return head + "|---" * (len(found) + 1) + "|\n" + rows
@@ -280,6 +278,72 @@ def details(results: Results) -> str:
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )
     return f"{head}{rows}\n{means}"
+
+
+def efforts(results: Results) -> str:
+    """KL recovered, drift and seconds of the closed form's efforts, a row each persona."""
+    rows = ""
+    for name, persona in results["personas"].items():
+        reports = persona.get("reports", {})
+        if not any(e in reports for e in EFFORTS):
+            continue
+        system = next(iter(reports.values()))["drift_system"]
+        cells = [_cell(persona, effort) for effort in EFFORTS]
+        rows += f"| {name} | {system:.3f} | " + " | ".join(cells) + " |\n"
+    head = "| persona | drift of the system message | " + " | ".join(EFFORTS) + " |\n"
+    return head + "|---" * (len(EFFORTS) + 2) + "|\n" + rows
+
+
+def _cell(persona: dict[str, Any], way: str) -> str:
+    """KL recovered with its interval, drift, seconds; empty where it was not measured."""
+    report = persona["reports"].get(way)
+    if report is None:
+        return ""
+    k, drift = report["kl_recovered"], report["drift_adapter"]
+    seconds = persona["made"][way]["seconds"]
+    return f"{k['value']:.3f} ({k['low']:.3f}–{k['high']:.3f}), {drift:.3f}, {seconds:.0f} s"
+
+
+def origin(results: Results) -> str:
+    """When and on what machine each way was made, a line for each such pair."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for way in results["ways"]:
+        for name, persona in results["personas"].items():
+            made = persona["made"].get(way, {})
+            if way in persona.get("reports", {}):
+                when = made.get("date", results["date"]), made.get("machine", results["machine"])
+                found.setdefault(when, {}).setdefault(way, []).append(name)
+    measured = sum("reports" in p and bool(p["reports"]) for p in results["personas"].values())
+    lines_ = ""
+    for (day, where), made_ways in sorted(found.items()):
+        words = [
+            way if len(names) == measured else f"{way} ({', '.join(names)})"
+            for way, names in made_ways.items()
+        ]
+        lines_ += f"- {day}, {where}: {', '.join(words)}\n"
+    return lines_
+
+
+def write_docs(results: Results, out: Path, root: Path) -> None:
+    """Replace what stands between the marks of a table in the documents; copy plots and figures.
+
+    A mark is `<!-- ways: NAME -->`, and `<!-- /ways -->` ends what it begins.
+    """
+    tables = {"means": table, "personas": by_persona, "details": details}
+    tables |= {"efforts": efforts, "origin": origin}
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = path.read_text("utf-8")
+        new = re.sub(
+            r"(<!-- ways: (\w+) -->\n).*?(<!-- /ways -->)",
+            lambda m: f"{m[1]}\n{tables[m[2]](results).strip()}\n\n{m[3]}",
+            text,
+            flags=re.DOTALL,
+        )
+        if new != text:
+            path.write_text(new, "utf-8")
+    for name in ("ways.json", *(f"{p}.{k}" for p in ("seconds", "tokens") for k in ("png", "svg"))):
+        if (out / name).resolve() != (root / "docs/ways" / name).resolve():
+            shutil.copy(out / name, root / "docs/ways" / name)
 
 
 def _mean(personas: list[dict[str, Any]], keys: Sequence[str]) -> float | None:
@@ -358,6 +422,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="how many held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--show", action="store_true", help="only print what is there")
+    parser.add_argument("--docs", action="store_true", help="write them into README.md and docs/")
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -405,11 +470,13 @@ def main() -> None:
             kept()
         for way in lacking:
             print(name, way, reports[way]["kl_recovered"], flush=True)
-    print(f"{results['date']}, {results['machine']}\n")
+    print(origin(results))
     print(table(results))
     print(by_persona(results))
     print(details(results))
     plots(results, out)
+    if options.docs:
+        write_docs(results, out, Path(__file__).parent.parent)
 
 
 if __name__ == "__main__":
