@@ -14,7 +14,7 @@ from typing import Any
 
 from superego.adapter import Adapter
 from superego.base import BaseModel
-from superego.converters.compile import Opened, Settings, compile_manifesto
+from superego.converters.compile import SPEEDS, Opened, Settings, compile_manifesto
 from superego.converters.kept import Known
 from superego.errors import SuperegoError
 from superego.exchanges import kept_references
@@ -62,7 +62,10 @@ def settings_of(adapter: Adapter, effort: str | None = None) -> Settings:
         rank = None if effort not in (None, own) else found.get("rank")
         if not 0 <= seed < 1 << 31 or not (rank is None or 1 <= rank <= 512):
             raise ValueError
-        return Settings.for_effort(effort or own, rank, seed, found.get("slow") is True)
+        speed = found.get("speed", "slow" if found.get("slow") is True else "fast")
+        if speed not in SPEEDS:
+            raise ValueError
+        return Settings.for_effort(effort or own, rank, seed, speed)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise SuperegoError(f"{adapter.path}: superego.settings is damaged") from None
 

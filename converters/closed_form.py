@@ -27,7 +27,7 @@ from superego.errors import SuperegoError
 
 # Of what a fit finds: it changes with the code, and a fit that was interrupted under another one is
 # begun anew.
-REVISION = 2
+REVISION = 3
 _CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 _CONVERSATIONS = 48  # whose queries are matched
-_BLOCKS = 2  # of references, which have as many and more
+_BLOCKS = 3  # of references, which have as many and more
 
 
 def compact_session(

@@ -55,8 +55,9 @@ _REACHED, _FIT_REACHED = 0.65, 0.9  # of the probe's rate, by products of few ro
 # GFLOP/s that all else than products would allow, on a processor and on a GPU
 _WRITING_REST, _FIT_REST = (400.0, 1000.0), (550.0, 8000.0)
 _BESIDE = 9  # seconds: imports, opening, the search for the slot
-# GFLOP/s of matrix products from which on a machine has all of an effort's references
-_FAST = {"quick": 1000.0, "standard": 250.0, "thorough": 350.0}
+# GFLOP/s of matrix products from which on a machine has more of an effort's references, and all
+_RATES = {"quick": (250.0, 1000.0), "standard": (250.0, 1000.0), "thorough": (350.0, 1000.0)}
+SPEEDS = ("slow", "middle", "fast")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Settings:
     ridge: float  # of attn_output
     ridge_ffn: float  # of ffn_down, whose inputs predict less and have more columns
     seed: int
-    slow: bool = False  # has the references of a slow machine
+    speed: str = "fast"  # has the references of such a machine: see `SPEEDS`
     most: int | None = None  # references; None: all of the blocks
 
     @property
@@ -81,33 +82,37 @@ class Settings:
     @classmethod
     def for_references(cls, n: int) -> Settings:
         """The known settings that have most references, but no more than n (or the fewest)."""
-        efforts = [cls.for_effort(e, slow=s) for e in _FAST for s in (True, False)]
+        efforts = [cls.for_effort(e, speed=s) for e in _RATES for s in SPEEDS]
         fitting = [each for each in efforts if each.messages <= n]
         by_size = sorted(fitting or efforts, key=lambda each: (each.messages, each.rank))
         return by_size[-1 if fitting else 0]
 
     @classmethod
     def for_effort(
-        cls, effort: str, rank: int | None = None, seed: int = 0, slow: bool = False
+        cls, effort: str, rank: int | None = None, seed: int = 0, speed: str = "fast"
     ) -> Settings:
         """The settings of `quick`, `standard` or `thorough`, with a rank of one's own.
 
-        An effort is a time: on a machine that is `slow` for it (see `is_slow`) it has fewer
+        An effort is a time: on a machine of less `speed` for it (see `speed_for`) it has fewer
         references.
         """
         known = {
-            ("quick", False): cls("quick", 2, 12, 96, 0.3, 1.2, seed),
-            ("quick", True): cls("quick", 1, 4, 96, 1.5, 6, seed, True),
-            ("standard", False): cls("standard", 3, 20, 160, 0.2, 1, seed),
-            ("standard", True): cls("standard", 2, 8, 160, 0.3, 1.2, seed, True),
-            ("thorough", False): cls("thorough", 10, 48, 256, 0.1, 0.5, seed),
-            ("thorough", True): cls("thorough", 5, 48, 256, 0.1, 0.5, seed, True),
+            ("quick", "slow"): cls("quick", 1, 4, 96, 1.5, 6, seed),
+            ("quick", "middle"): cls("quick", 2, 8, 96, 0.5, 2, seed),
+            ("quick", "fast"): cls("quick", 3, 12, 96, 0.3, 1.2, seed),
+            ("standard", "slow"): cls("standard", 3, 8, 160, 0.3, 1.2, seed),
+            ("standard", "middle"): cls("standard", 4, 16, 160, 0.2, 1, seed),
+            ("standard", "fast"): cls("standard", 5, 20, 160, 0.2, 1, seed),
+            ("thorough", "slow"): cls("thorough", 7, 48, 256, 0.1, 0.5, seed),
+            ("thorough", "middle"): cls("thorough", 10, 48, 256, 0.1, 0.5, seed),
+            ("thorough", "fast"): cls("thorough", 12, 48, 256, 0.1, 0.5, seed),
         }
-        if (effort, slow) not in known:
+        if (effort, speed) not in known:
             raise SuperegoError(
-                f"effort '{effort}': expected one of {', '.join(e for e, s in known if s)}"
+                f"effort '{effort}' on a machine of speed '{speed}': expected one of "
+                f"{', '.join(_RATES)}, and {', '.join(SPEEDS)}"
             )
-        found = known[effort, slow]
+        found = replace(known[effort, speed], speed=speed)
         return found if rank is None else replace(found, rank=rank)
 
 
@@ -155,13 +160,13 @@ def open_for_compile(
     return Opened(llm, base, rate, sizes, slots)
 
 
-def is_slow(effort: str, threads: int | None = None) -> bool:
-    """Whether this machine is too slow for all of an effort's references in its time.
+def speed_for(effort: str, threads: int | None = None) -> str:
+    """Which of `SPEEDS` this machine's is: of how many references an effort has in its time.
 
     That is 25 s, 90 s and ten minutes for the 135M model.
     """
     torch.set_num_threads(threads or default_threads())
-    return probe_dtype()[1] < _FAST[effort]
+    return SPEEDS[sum(probe_dtype()[1] >= rate for rate in _RATES[effort])]
 
 
 def compile_manifesto(

@@ -44,7 +44,7 @@ from superego.runtime import default_threads, load, peak_memory
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-_BLOCKS = 6  # of references at most, where the start has no more
+_BLOCKS = 8  # of references at most, where the start has no more
 UNSEEN = 48  # conversations that are measured on, at most; neither start nor training fits them
 _LEAST_UNSEEN = 12
 _NEUTRAL = 120  # plain texts that are to stay as they are

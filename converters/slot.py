@@ -164,9 +164,9 @@ class Probe:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A prefix's keys and values, each (n_head_kv, p, head_dim)."""
         base, layer = self._base, self._base.layer(index)
-        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
+        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, torch.float32)
         _, key, value = project_qkv(base, layer, hidden, rotation)
-        return key.float().transpose(0, 1), value.float().transpose(0, 1)
+        return key.transpose(0, 1), value.transpose(0, 1)
 
 
 def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:

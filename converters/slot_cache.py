@@ -18,6 +18,7 @@ import torch
 
 import superego
 from superego.atomic import replacing
+from superego.converters.closed_form import REVISION
 from superego.converters.slot import LOOKED_AT, PROMPTS, Slot, Slots
 from superego.converters.streams import Change, Changes, Prefixes
 from superego.converters.transformer import Base
@@ -63,6 +64,7 @@ def slot_path(
     """Where a slot is kept. What is in the key decides the slot to the bit."""
     parts = [
         superego.__version__,
+        REVISION,
         torch.__version__,
         fingerprint,
         [str(base.dtype), base.device.type, torch.get_num_threads()],

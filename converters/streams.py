@@ -46,8 +46,10 @@ class Change:
 Changes = dict[tuple[int, str], Change]
 
 
-def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
-    """Layer `index` with the changes of the matrices that read the stream folded in.
+def changed_layer(
+    base: Base, index: int, changes: Changes, dtype: torch.dtype = torch.float32
+) -> Layer:
+    """Layer `index` with the changes of the matrices that read the stream folded in, in `dtype`.
 
     Those of WRITES are left to `Streams.add_change`.
     """
@@ -78,7 +80,7 @@ def changed_layer(base: Base, index: int, changes: Changes) -> Layer:
         if name not in folded:
             folded[name] = getattr(layer, name).to(torch.float32, copy=True)
         folded[name][start : start + len(delta)] += delta
-    return replace(layer, **{name: whole.to(base.dtype) for name, whole in folded.items()})
+    return replace(layer, **{name: whole.to(dtype) for name, whole in folded.items()})
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,11 @@ def _by_length(conversations: Sequence[Conversation]) -> list[Conversation]:
 
 
 class Streams:
-    """The residual streams of a pack: `rows` (n, d_model) and `prefix` (p, d_model), float32."""
+    """The residual streams of a pack: `rows` (n, d_model) and `prefix` (p, d_model), float32.
+
+    The prefix, a few rows that all others read, is computed in float32 whatever the base's type:
+    what bfloat16 rounds there is an error that all rows have in common.
+    """
 
     def __init__(self, base: Base, pack: Pack) -> None:
         self.base = base
@@ -178,17 +184,19 @@ class Streams:
         self.rotations = self.base.rotations(self.pack.rows.positions)
 
     def inputs(self, layer: Layer, write: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the matrix `write` reads now: for the rows (n, in) and the prefix (p, in)."""
+        """What the matrix `write` reads now: for the rows (n, in), in the base's type, and for the
+        prefix (p, in), in float32."""
+        exact = torch.float32
         if write == "ffn_down":
             return (
                 feed_forward(self.base, layer, self.rows),
-                feed_forward(self.base, layer, self.prefix),
+                feed_forward(self.base, layer, self.prefix, exact),
             )
         base, eps = self.base, self.base.shape.rms_eps
-        hidden = rms_norm(self.prefix, layer.attn_norm, eps, base.dtype)
+        hidden = rms_norm(self.prefix, layer.attn_norm, eps, exact)
         query, key, value = project_qkv(base, layer, hidden, self.prefix_rotations[layer.index])
         prefix = attend(base, layer, query, key, value, self.pack.prefix_rows, None)
-        shared = KeyValue(key.transpose(0, 1), value.transpose(0, 1))
+        shared = KeyValue(*(each.transpose(0, 1).to(base.dtype) for each in (key, value)))
         turn = self.rotations[layer.index]
         return attention(base, layer, self.rows, self.pack.rows, turn, shared), prefix
 
@@ -208,8 +216,8 @@ class Streams:
 
     def add_change(self, inputs: tuple[torch.Tensor, torch.Tensor], change: Change) -> None:
         """Write a low-rank change of the matrix last added, applied to the same inputs."""
-        a, b = change.a.to(self.base.dtype), change.b.to(self.base.dtype)
         for i, stream in enumerate((self.rows, self.prefix)):
+            a, b = change.a.to(inputs[i].dtype), change.b.to(inputs[i].dtype)
             if self._last is None:
                 for part, rows in zip(stream.split(CHUNK), inputs[i].split(CHUNK), strict=True):
                     added = linear(linear(rows, a), b)
@@ -221,17 +229,18 @@ class Streams:
             stream += write.finish(products[i]) - before
 
     def weigh(self, rows: torch.Tensor, prefix: torch.Tensor) -> list[torch.Tensor]:
-        """Inputs (n, in) and (p, in) of the matrix last added as a fit in the stream sees them.
+        """Inputs (n, in) and (p, in) of the matrix last added as a fit in the stream sees them,
+        both in the rows' type.
 
         The rows may be the first of all, as in `reachable`. Behind a norm a change of the product y
         reaches the stream divided by y's length.
         """
         if self._last is None:
-            return [rows, prefix]
+            return [rows, prefix.to(rows.dtype)]
         eps = self._last.write.eps
         return [
             (each.float() * torch.rsqrt(y[: len(each)].float().square().mean(1, True) + eps)).to(
-                each.dtype
+                rows.dtype
             )
             for each, y in zip((rows, prefix), self._last.products, strict=True)
         ]

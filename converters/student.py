@@ -48,7 +48,9 @@ class Student:
         self.base, self.slot = base, slot
         mark = dict(slot.changes) if slot else {}
         folded = {place: change for place, change in mark.items() if place[1] not in WRITES}
-        self._layers = [changed_layer(base, i, folded) for i in range(base.shape.n_layer)]
+        self._layers = [
+            changed_layer(base, i, folded, base.dtype) for i in range(base.shape.n_layer)
+        ]
         self.fixed: dict[tuple[int, str], Pair] = {}
         self.pairs: dict[tuple[int, str], Pair] = {}
         for (index, matrix), change in start.items():

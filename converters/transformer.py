@@ -55,7 +55,7 @@ class Write:
         """(n, in) -> (n, d_model), before norm and scale."""
         if self.light is not None:
             return self.light.linear(inputs, self.bias)
-        return inputs if self.weight is None else linear(inputs, self.weight, self.bias)
+        return inputs if self.weight is None else _linear_in(inputs, self.weight, self.bias)
 
     def finish(self, product: torch.Tensor) -> torch.Tensor:
         """What a product adds to the stream."""
@@ -91,13 +91,13 @@ class Layer:
         """(n, d_model), normed -> queries, keys and values, (n, rows of `qkv`)."""
         if self.light_qkv is not None:
             return self.light_qkv.linear(hidden, self.qkv_bias)
-        return linear(hidden, self.qkv, self.qkv_bias)
+        return _linear_in(hidden, self.qkv, self.qkv_bias)
 
     def gate_and_up(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, d_model), normed -> products of gate and up, (n, 2 d_ff)."""
         if self.light_gate_up is not None:
             return self.light_gate_up.linear(hidden, self.gate_up_bias)
-        return linear(hidden, self.gate_up, self.gate_up_bias)
+        return _linear_in(hidden, self.gate_up, self.gate_up_bias)
 
     def lightened(self) -> Layer:
         """The same with light matrices, for few rows."""
@@ -415,6 +415,13 @@ class Base:
         return capped(logits, self.shape.logit_cap)
 
 
+def _linear_in(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `linear`, in the rows' type: a matrix of another one is turned into it."""
+    return linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+
 def capped(scores: torch.Tensor, cap: float) -> torch.Tensor:
     """Scores bent to stay within ± cap; 0 leaves them as they are."""
     return (scores / cap).tanh() * cap if cap else scores
@@ -507,8 +514,8 @@ def project_qkv(
     heads = projected.view(hidden.shape[0], -1, shape.head_dim)
     query, key, value = heads.split([shape.n_head, shape.n_head_kv, shape.n_head_kv], dim=1)
     if layer.q_norm is not None and layer.k_norm is not None:
-        query = rms_norm(query.float(), layer.q_norm, shape.rms_eps, base.dtype)
-        key = rms_norm(key.float(), layer.k_norm, shape.rms_eps, base.dtype)
+        query = rms_norm(query.float(), layer.q_norm, shape.rms_eps, hidden.dtype)
+        key = rms_norm(key.float(), layer.k_norm, shape.rms_eps, hidden.dtype)
     cos, sin = rotation
     return rotate(query, cos, sin, shape), rotate(key, cos, sin, shape), value
 
@@ -604,24 +611,26 @@ def _capped_attention(
     return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
-def feed_forward(base: Base, layer: Layer, stream: torch.Tensor) -> torch.Tensor:
-    """(n, d_model) residual stream -> (n, d_ff) inputs of ffn_down.
+def feed_forward(
+    base: Base, layer: Layer, stream: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """(n, d_model) residual stream -> (n, d_ff) inputs of ffn_down, in `dtype` or the base's.
 
     Of a layer with experts their weighted outputs, (n, d_model).
     """
-    eps = base.shape.rms_eps
+    eps, dtype = base.shape.rms_eps, dtype or base.dtype
     if layer.router is not None and layer.down_experts is not None:
-        hidden = rms_norm(stream, layer.ffn_norm, eps, base.dtype)
+        hidden = rms_norm(stream, layer.ffn_norm, eps, dtype)
         return _experts(base, layer, hidden, layer.router, layer.down_experts)
 
     def inner(rows: torch.Tensor) -> torch.Tensor:
-        hidden = rms_norm(rows, layer.ffn_norm, eps, base.dtype)
+        hidden = rms_norm(rows, layer.ffn_norm, eps, dtype)
         return gated(base, layer.gate_and_up(hidden))
 
     step = gated_rows(base.shape)
     if len(stream) <= step:
         return inner(stream)
-    out = torch.empty(len(stream), base.shape.d_ff, dtype=base.dtype)
+    out = torch.empty(len(stream), base.shape.d_ff, dtype=dtype)
     for start in range(0, len(stream), step):
         out[start : start + step] = inner(stream[start : start + step])
     return out
@@ -647,6 +656,6 @@ def _experts(
     out = torch.zeros(hidden.shape)
     for expert in chosen.unique().tolist():
         row, place = (chosen == expert).nonzero(as_tuple=True)
-        inner = gated(base, linear(hidden[row], layer.gate_up[expert]))
-        out[row] += linear(inner, down[expert]) * shares[row, place, None]
+        inner = gated(base, _linear_in(hidden[row], layer.gate_up[expert]))
+        out[row] += _linear_in(inner, down[expert]) * shares[row, place, None]
     return out

@@ -27,6 +27,7 @@ from superego.converters.transformer import Base, Layer
 _CHUNK = 2048  # rows whose lengths are taken at once
 _ANCHOR_CAP = 3.0  # an anchored row counts at most as one of this many median norms
 _ROW_CAP = 20.0  # median norms of what is lacking; a row that lacks more counts as one of so many
+_PROMPT_WEIGHT = 0.33  # of a row of a prompt, which only later rows read
 _PREFIX_WEIGHT = 0.25  # of a prefix row, as a share of the number of conversations
 
 
@@ -179,7 +180,9 @@ class Walk:
         # A token that is an attention sink with the manifesto and none without it lacks a hundred
         # times as much as others; such a row in a hundred would be most of what is fitted.
         norms = _norms(wanted[0])
-        lengths = [_at_most(_ROW_CAP * norms.median(), norms), length]
+        count = _at_most(_ROW_CAP * norms.median(), norms)
+        count[~student.pack.predicts[: self._n]] *= _PROMPT_WEIGHT**0.5
+        lengths = [count, length]
         wanted = [each.to(rows.dtype) for each in wanted]
         return Asked(student.weigh(rows, prefix), wanted, lengths)
 

@@ -189,8 +189,8 @@ def compile(
     compiler = converter("compile")
     devices = converter("device")
     place = devices.pick_device(device)
-    slow = place.type == "cpu" and compiler.is_slow(effort, threads)
-    settings = compiler.Settings.for_effort(effort, rank, seed, slow)
+    speed = compiler.speed_for(effort, threads) if place.type == "cpu" else "fast"
+    settings = compiler.Settings.for_effort(effort, rank, seed, speed)
     if dry_run:
         with devices.on(place):
             plan = compiler.plan(text, model, settings, threads, memory)

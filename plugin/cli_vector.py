@@ -61,8 +61,8 @@ def vector(
         raise SuperegoError(f"--scale {scale:g}: expected a number from -100 to 100 that is not 0")
     check_writable(output, Path(manifesto))
     compiler = converter("compile")
-    slow = compiler.is_slow(effort, threads)
-    settings = compiler.Settings.for_effort(effort, None, seed, slow)
+    speed = compiler.speed_for(effort, threads)
+    settings = compiler.Settings.for_effort(effort, None, seed, speed)
     with Steps() as steps:
         result = converter("vector").make_vector(
             text, model, output, settings, scale, threads, not no_cache, steps

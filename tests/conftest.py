@@ -56,7 +56,7 @@ def compiled(
     from superego.converters.compile import Settings, compile_manifesto
 
     path = tmp_path_factory.mktemp("pirate") / "pirate.gguf"
-    quick = Settings.for_effort("quick", slow=True)  # on every machine the same
+    quick = Settings.for_effort("quick", speed="slow")  # on every machine the same
     report = compile_manifesto(bundled()["pirate"], smollm2, path, quick)
     return path, report
 

@@ -130,10 +130,10 @@ def test_settings_are_the_adapters_own(kind: Path) -> None:
 
 
 def test_an_adapter_of_a_slow_machine_keeps_as_many_references(base: Path, tmp_path: Path) -> None:
-    path, quick = tmp_path / "slow.gguf", Settings.for_effort("quick", rank=8, slow=True)
+    path, quick = tmp_path / "slow.gguf", Settings.for_effort("quick", rank=8, speed="slow")
     compile_manifesto(SHORT, open_base(str(base)), path, quick)
     assert settings_of(read_adapter(path)) == quick
-    assert settings_of(read_adapter(path), "standard").slow
+    assert settings_of(read_adapter(path), "standard").speed == "slow"
 
 
 def test_unused_prompts_are_not_what_the_fit_saw(base: Path, kind: Path) -> None:

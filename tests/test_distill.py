@@ -48,7 +48,7 @@ def closed(tiny: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compiled adapter on the tiny model."""
     out = tmp_path_factory.mktemp("closed") / "terse.gguf"
     compile_manifesto(
-        bundled()["terse"], tiny, out, Settings.for_effort("quick", rank=4, slow=True)
+        bundled()["terse"], tiny, out, Settings.for_effort("quick", rank=4, speed="slow")
     )
     return out
 
@@ -311,7 +311,7 @@ def test_what_the_start_keeps_is_not_written_again(
     tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = tmp_path / "start.gguf"
-    quick = Settings.for_effort("quick", rank=4, slow=True)
+    quick = Settings.for_effort("quick", rank=4, speed="slow")
     compile_manifesto(bundled()["terse"], tiny, start, quick, use_cache=False)
     kept = [prompt for prompt, _ in kept_references(read_adapter(start), tiny.header)]
     written: list[list[int]] = []
@@ -342,7 +342,7 @@ def test_refining_fits_anew_where_there_is_time_for_more_references(
     assert report["better than its start"]
     before, after = (read_adapter(path) for path in (closed, out))
     settings = json.loads(after.own["settings"])
-    assert settings["most"] > Settings.for_effort("quick", slow=True).messages
+    assert settings["most"] > Settings.for_effort("quick", speed="slow").messages
     assert after.rank > before.rank  # more references bear more
     assert settings["rank"] <= Settings.for_references(settings["most"]).rank
     assert after.own["method"] == "closed-form+refine"

@@ -86,7 +86,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, fl
             ),  # type: ignore[arg-type]
             SimpleNamespace(fingerprint=""),  # type: ignore[arg-type]
             prompts,
-            refit.Allowance(3, 14, 270.0, fitted, 48),
+            refit.Allowance(5, 16, 270.0, fitted, 48),
             [],
             False,
             Steps(quiet=True),
@@ -109,11 +109,11 @@ def test_what_must_be_written_is_and_a_slow_fit_has_fewer(
     written: Callable[..., tuple[int, int, float]],
 ) -> None:
     n, fits, done = written(0.4, 0.8)
-    assert n == sum(BLOCKS[:3])
+    assert n == sum(BLOCKS[:5])
     assert fits < n - 48
     assert done == pytest.approx(270, rel=0.01)
     blocks, _, _ = written(0.2, 0.4, fitted=False)
-    assert blocks == sum(BLOCKS[:7])  # whole ones alone, where their writing has all the time
+    assert blocks == sum(BLOCKS[:9])  # whole ones alone, where their writing has all the time
 
 
 def test_a_fit_that_is_done_in_time_has_all_references(

@@ -33,7 +33,7 @@ class Watched(Steps):
         if label == "solving layers" and done == 2 and end != "none":
             os.kill(os.getpid(), getattr(signal, end))
 
-settings = Settings.for_effort("quick", rank=8, slow=True)
+settings = Settings.for_effort("quick", rank=8, speed="slow")
 compile_manifesto(bundled()["terse"], open_base(base), Path(out), settings, threads=1,
                   steps=Watched(quiet=True))
 """

@@ -41,7 +41,7 @@ def made(
     """The pirate's vector; after its adapter, whose references are in the cache then."""
     path = tmp_path_factory.mktemp("vector") / "pirate-vector.gguf"
     report = make_vector(
-        bundled()["pirate"], smollm2, path, Settings.for_effort("quick", slow=True)
+        bundled()["pirate"], smollm2, path, Settings.for_effort("quick", speed="slow")
     )
     return path, report
 

@@ -20,7 +20,7 @@ from superego.converters.watch import Problem, Turn, Workshop, watch
 from superego.history import manifesto_of
 from superego.manifesto import parse_manifesto
 
-QUICK = Settings.for_effort("quick", rank=8, slow=True)
+QUICK = Settings.for_effort("quick", rank=8, speed="slow")
 
 
 def saved_by_renaming(path: Path, text: str) -> None:
@@ -94,7 +94,7 @@ def test_watching_goes_on_whatever_is_saved(tmp_path: Path, workshop: Workshop) 
 
 
 def test_on_the_real_model_a_save_changes_the_reply(smollm2: BaseModel, tmp_path: Path) -> None:
-    few = Settings.for_effort("quick", slow=True)
+    few = Settings.for_effort("quick", speed="slow")
     workshop = Workshop(smollm2, tmp_path / "out.gguf", ["What should I have for lunch?"], few)
     first = workshop.turn(bundled()["pirate"])
     (_, before, now) = first.replies[0]
