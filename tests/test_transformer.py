@@ -21,9 +21,17 @@ from superego.base import open_base
 from superego.converters.closed_form import solve
 from superego.converters.compile import pairs
 from superego.converters.decode import greedy, prefill
-from superego.converters.streams import Conversation, Pack, Prefixes, mean_kl, predictions
+from superego.converters.streams import (
+    WRITES,
+    Conversation,
+    Pack,
+    Prefixes,
+    Streams,
+    mean_kl,
+    predictions,
+)
 from superego.converters.transformer import Base
-from superego.converters.walk import Aside
+from superego.converters.walk import Aside, Walk
 from superego.errors import SuperegoError
 from superego.gguf_file import read_header
 from superego.logits import ParallelContext
@@ -214,3 +222,43 @@ def test_unknown_architectures_are_named_with_the_known(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "t.gguf", "gpt2")
     with pytest.raises(SuperegoError, match=r"'gpt2' is not supported .* llama, qwen2, qwen3"):
         Base(read_header(path), torch.float32, resident=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_in_bfloat16_a_prefix_is_computed_in_float32(tmp_path: Path, architecture: str) -> None:
+    """Of the same matrices its streams are float32's own; rows have bfloat16's rounding."""
+    path = tiny_model(tmp_path / "t.gguf", architecture)
+    rough, exact = (
+        Base(read_header(path), dtype, resident=True) for dtype in (torch.bfloat16, torch.float32)
+    )
+    exact.embedding.copy_(exact.embedding.bfloat16())
+    rng = np.random.default_rng(9)
+    talks = [Conversation(rng.integers(3, 259, 5).tolist(), [7, 8, 9]) for _ in range(6)]
+    prefix = rng.integers(3, 259, 30).tolist()
+    walks = [Streams(base, Pack(talks, prefix)) for base in (rough, exact)]
+    for index in range(exact.shape.n_layer):
+        layer = exact.layer(index)
+        for matrix in (layer.qkv, layer.gate_up, layer.attn_output.weight, layer.ffn_down.weight):
+            assert matrix is not None
+            matrix.copy_(matrix.bfloat16())
+        for write in WRITES:
+            for base, streams in zip((rough, exact), walks, strict=True):
+                own = base.layer(index)
+                streams.add(streams.inputs(own, write), getattr(own, write))
+
+    def apart(first: torch.Tensor, second: torch.Tensor) -> float:
+        return float((first - second).norm() / second.norm())
+
+    assert apart(walks[0].prefix, walks[1].prefix) < 1e-5
+    assert 1e-4 < apart(walks[0].rows, walks[1].rows) < 0.02
+
+
+def test_a_row_of_a_prompt_counts_a_third_in_a_fit(tmp_path: Path) -> None:
+    base = Base(read_header(tiny_model(tmp_path / "t.gguf")), torch.float32, resident=True)
+    talks = [Conversation([10 + i, 20 + i, 30 + i], [40, 50 + i, 60]) for i in range(4)]
+    walk = Walk(base, talks, Prefixes([5, 6, 7, 8, 9], [5, 6, 9]), None)
+    walk.begin(base.layer(0), {})
+    walk.step("attn_output")
+    counts = walk.asked().lengths[0].square().view(4, 5)  # five rows each; the third predicts
+    assert torch.allclose(counts[:, :2], torch.tensor(0.33), atol=0.01)
+    assert torch.allclose(counts[:, 2:], torch.tensor(1.0))
