@@ -38,7 +38,7 @@ test: lint
 	$(BIN)/pytest
 
 bench: .venv/linked
-	$(BIN)/python benchmarks/ways.py
+	$(BIN)/python benchmarks/ways.py --docs
 
 clean:
 	rm -rf .venv build

@@ -98,7 +98,7 @@ class Settings:
         """
         known = {
             ("quick", "slow"): cls("quick", 1, 4, 96, 1.5, 6, seed),
-            ("quick", "middle"): cls("quick", 2, 8, 96, 0.5, 2, seed),
+            ("quick", "middle"): cls("quick", 2, 8, 96, 0.6, 2.4, seed),
             ("quick", "fast"): cls("quick", 3, 12, 96, 0.3, 1.2, seed),
             ("standard", "slow"): cls("standard", 3, 8, 160, 0.3, 1.2, seed),
             ("standard", "middle"): cls("standard", 4, 16, 160, 0.2, 1, seed),
