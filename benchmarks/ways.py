@@ -41,11 +41,13 @@ from superego.session import open_session, save_session
 from superego.template import ChatTemplate
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "superego"
 import matplotlib.pyplot as plt
 
 SUPEREGO = str(Path(sys.executable).parent / "superego")
 EFFORTS = ("quick", "standard", "thorough")
 Results = dict[str, Any]
+_DATELESS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}}
 
 
 def ways(refine: float, long: float) -> list[str]:
@@ -399,7 +401,8 @@ def plots(results: Results, out: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     for kind in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{kind}"), dpi=120)
+        # no date, and the same names inside: the same figures are the same file
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=120, metadata=_DATELESS[kind])
     plt.close(figure)
 
 
