@@ -41,9 +41,9 @@ from superego.session import open_session, save_session
 from superego.template import ChatTemplate
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "superego"
 import matplotlib.pyplot as plt
 
+matplotlib.rcParams["svg.hashsalt"] = "superego"
 SUPEREGO = str(Path(sys.executable).parent / "superego")
 EFFORTS = ("quick", "standard", "thorough")
 Results = dict[str, Any]
