@@ -315,15 +315,15 @@ def origin(results: Results) -> str:
             if way in persona.get("reports", {}):
                 when = made.get("date", results["date"]), made.get("machine", results["machine"])
                 found.setdefault(when, {}).setdefault(way, []).append(name)
-    measured = sum("reports" in p and bool(p["reports"]) for p in results["personas"].values())
-    lines_ = ""
+    measured = sum(bool(p.get("reports")) for p in results["personas"].values())
+    text = ""
     for (day, where), made_ways in sorted(found.items()):
         words = [
             way if len(names) == measured else f"{way} ({', '.join(names)})"
             for way, names in made_ways.items()
         ]
-        lines_ += f"- {day}, {where}: {', '.join(words)}\n"
-    return lines_
+        text += f"- {day}, {where}: {', '.join(words)}\n"
+    return text
 
 
 def write_docs(results: Results, out: Path, root: Path) -> None:
@@ -331,8 +331,7 @@ def write_docs(results: Results, out: Path, root: Path) -> None:
 
     A mark is `<!-- ways: NAME -->`, and `<!-- /ways -->` ends what it begins.
     """
-    tables = {"means": table, "personas": by_persona, "details": details}
-    tables |= {"efforts": efforts, "origin": origin}
+    tables = {"means": table, "personas": by_persona, "efforts": efforts, "origin": origin}
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text("utf-8")
         new = re.sub(
@@ -343,9 +342,10 @@ def write_docs(results: Results, out: Path, root: Path) -> None:
         )
         if new != text:
             path.write_text(new, "utf-8")
-    for name in ("ways.json", *(f"{p}.{k}" for p in ("seconds", "tokens") for k in ("png", "svg"))):
-        if (out / name).resolve() != (root / "docs/ways" / name).resolve():
-            shutil.copy(out / name, root / "docs/ways" / name)
+    target = root / "docs/ways"
+    if out.resolve() != target.resolve():
+        for name in ("ways.json", "seconds.png", "seconds.svg", "tokens.png", "tokens.svg"):
+            shutil.copy(out / name, target / name)
 
 
 def _mean(personas: list[dict[str, Any]], keys: Sequence[str]) -> float | None:

@@ -159,7 +159,8 @@ def _fitting(shape: Shape, width: int, rows: int, prefix: int, rank: int) -> int
     gated = 3 * width * shape.d_ff * min(rows, gated_rows(shape))
     projected = shape.head_dim * (shape.n_head + 2 * shape.n_head_kv)
     attending = width * (rows * heads + min(rows, CHUNK) * (d + 2 * projected + 2 * heads))
-    walking = max(seen + gated + width * rows * d, attending) + 4 * rows * d
+    widened = 0 if width == 4 else 4 * 2 * shape.d_ff * d  # gate and up, for the prefix
+    walking = max(seen + gated + widened + width * rows * d, attending) + 4 * rows * d
     columns = rank + EXTRA
     lacking = (4 + width) * rows * d
     solving = (
