@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from superego.converters.regression import fit
-from superego.converters.slot import Slots
+from superego.converters.slot import CELL, Slots
 from superego.converters.streams import (
     WRITES,
     Change,
@@ -28,7 +28,6 @@ from superego.errors import SuperegoError
 # Of what a fit finds: it changes with the code, and a fit that was interrupted under another one is
 # begun anew.
 REVISION = 3
-_CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 
 
 def solve(
@@ -71,7 +70,7 @@ def solve(
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
         if index < done:  # walked again, the same operations in the same order
-            written = {m: kept[index, m] for m in _CELL if (index, m) in kept}
+            written = {m: kept[index, m] for m in CELL if (index, m) in kept}
         else:
             written = walk.cells(layer)
         solved = {(index, matrix): found for matrix, found in written.items()}

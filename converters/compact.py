@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, dequantize, quantize
+from gguf import GGMLQuantizationType, quantize
 
 from superego.base import BaseModel
 from superego.converters.cells import match, queries
 from superego.converters.products import probe_dtype
 from superego.converters.references import BLOCKS, prepare, seeds, write_replies
-from superego.converters.streams import WRITES, Pack, Streams
+from superego.converters.runtime_cells import heads, to_halves
+from superego.converters.streams import Pack, Streams
 from superego.converters.transformer import (
     Base,
     rotate,
@@ -106,8 +107,8 @@ def compact_session(
     order: list[int] = []
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
-        key, value = (_rows(base, rows[index], shape.kv_type) for rows in (full.keys, full.values))
-        key = _halves(base, key)  # (n_head_kv, tokens, head_dim)
+        key, value = (heads(base, rows[index], shape.kv_type) for rows in (full.keys, full.values))
+        key = to_halves(base, key)  # (n_head_kv, tokens, head_dim)
         query, own = queries(
             base, streams.rows, pack.rows, streams.rotations[index], index, generator
         )
@@ -130,8 +131,7 @@ def compact_session(
         new_key = rotate(new_key, *turn, base.shape)
         keys.append(_bytes(_pairs(base, new_key), shape.kv_type))
         values.append(_bytes(new_value, shape.kv_type))
-        for write in WRITES:
-            streams.add(streams.inputs(layer, write), getattr(layer, write))
+        streams.through(layer)
         steps.update("compacting layers", index + 1, base.shape.n_layer)
     tokens = prefix[:front] + [prefix[i] for i in order] + prefix[body.stop :]
     data = build(tokens, keys, values, shape)
@@ -145,19 +145,6 @@ def compact_session(
         "cells": cells,
         "seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def _rows(base: Base, rows: np.ndarray, kind: GGMLQuantizationType) -> torch.Tensor:
-    """Stored rows (cells, bytes) -> (n_head_kv, cells, head_dim) float32."""
-    found = torch.from_numpy(dequantize(rows, kind).astype(np.float32))
-    return found.view(len(rows), base.shape.n_head_kv, -1).transpose(0, 1)
-
-
-def _halves(base: Base, key: torch.Tensor) -> torch.Tensor:
-    """llama.cpp's rotated pairs -> half layout, where the architecture stores pairs."""
-    if not base.shape.rope_pairs:
-        return key
-    return key.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _pairs(base: Base, key: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 import superego
 from superego.adapter import write_adapter
 from superego.atomic import check_writable
 from superego.base import BaseModel
+from superego.converters.adapter_changes import pairs
 from superego.converters.closed_form import REVISION, solve
 from superego.converters.device import free_memory
 from superego.converters.kept import Known, renew, stored
@@ -34,10 +34,10 @@ from superego.converters.references import (
     seeds,
     write_replies,
 )
+from superego.converters.runtime_cells import correct_cells
 from superego.converters.shape import Shape, read_shape
 from superego.converters.slot import Slots
 from superego.converters.slot_cache import KeptSlots
-from superego.converters.streams import Changes
 from superego.converters.transformer import Base
 from superego.converters.unfinished import Unfinished
 from superego.converters.walk import Aside
@@ -104,7 +104,7 @@ class Settings:
             ("standard", "middle"): cls("standard", 4, 16, 160, 0.2, 1, seed),
             ("standard", "fast"): cls("standard", 5, 20, 160, 0.2, 1, seed),
             ("thorough", "slow"): cls("thorough", 7, 48, 256, 0.1, 0.5, seed),
-            ("thorough", "middle"): cls("thorough", 10, 48, 256, 0.1, 0.5, seed),
+            ("thorough", "middle"): cls("thorough", 9, 48, 256, 0.1, 0.5, seed),
             ("thorough", "fast"): cls("thorough", 12, 48, 256, 0.1, 0.5, seed),
         }
         if effort not in _RATES:
@@ -253,6 +253,14 @@ def compile_manifesto(
     seconds["measure"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
+    slot = opened.slots.of(base, [c.prompt for c in seen], prompts.prefixes)
+    corrected = correct_cells(
+        base, model, changes, slot, prompts.prefixes.student, threads, opened.sizes.budget
+    )
+    changes = corrected.changes if corrected else changes
+    seconds["correct"] = time.perf_counter() - mark
+
+    mark = time.perf_counter()
     tokens = sum(len(c.prompt) + len(c.reply) for c in conversations)
     recovered = 1 - kl_adapter / kl_base if kl_base > 0 else 0.0
     check_unchanged(model.header)
@@ -284,6 +292,7 @@ def compile_manifesto(
         "kl recovered on unseen references": round(recovered, 4),
         "kl base": round(kl_base, 4),
         "kl adapter": round(kl_adapter, 4),
+        **(corrected.report() if corrected else {}),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "compute type": str(base.dtype).removeprefix("torch."),
         "matmul peak GFLOP/s": round(rate),
@@ -291,14 +300,6 @@ def compile_manifesto(
         "layers kept in memory": f"{opened.sizes.layers} of {base.shape.n_layer}",
         "estimated memory MB": round(opened.sizes.peak / 2**20),
         "peak memory MB": peak_memory() // 2**20,
-    }
-
-
-def pairs(changes: Changes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Changes under llama.cpp's tensor names: A (r, in), B (out, r)."""
-    return {
-        f"blk.{layer}.{write}.weight": (change.a.cpu().numpy(), change.b.cpu().numpy())
-        for (layer, write), change in changes.items()
     }
 
 

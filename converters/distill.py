@@ -23,14 +23,16 @@ from superego.adapter import Adapter, check_fit, write_adapter
 from superego.atomic import check_writable, replacing
 from superego.base import BaseModel
 from superego.converters import refit
-from superego.converters.adapter_changes import changes_of
+from superego.converters.adapter_changes import changes_of, pairs
 from superego.converters.checkpoint import Checkpoint, Origin, read_checkpoint
-from superego.converters.compile import METHOD, Opened, open_for_compile, pairs
+from superego.converters.compile import METHOD, Opened, open_for_compile
 from superego.converters.examples import Example, as_conversations
 from superego.converters.kept import stored
 from superego.converters.metadata import Metadata, described
 from superego.converters.references import BLOCKS, Prompts, prepare, seeds
-from superego.converters.streams import Conversation
+from superego.converters.runtime_cells import correct_cells
+from superego.converters.slot import Slot
+from superego.converters.streams import Changes, Conversation
 from superego.converters.student import MATRICES, Student
 from superego.converters.training import Lessons, Outcome, Plan, Unseen, train
 from superego.errors import SuperegoError
@@ -254,6 +256,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
         with replacing(output) as temporary:
             temporary.write_bytes(copied)
     else:
+        outcome.changes = _corrected(job, material, begun.student.slot, outcome.changes)
         _write(job, settings, outcome, material)
     if not outcome.interrupted:
         job.checkpoint.unlink(missing_ok=True)
@@ -405,6 +408,21 @@ def _settings(options: Options, start: Adapter | None) -> dict[str, Any]:
         "training seed": options.seed,
         **({"rank": options.rank, "targets": options.targets} if start is None else {}),
     }
+
+
+def _corrected(job: _Job, material: _Material, own: Slot | None, changes: Changes) -> Changes:
+    """The changes with their cells put right in llama.cpp, where the slot is this version's."""
+    opened, prefixes = material.opened, material.prompts.prefixes
+    if own is None:
+        return changes
+    slot = opened.slots.of(opened.base, [c.prompt for c in material.seen], prefixes)
+    if slot is None or (slot.layer, slot.neurons) != (own.layer, own.neurons):
+        return changes
+    student, threads = prefixes.student, job.options.threads
+    found = correct_cells(
+        opened.base, job.model, changes, slot, student, threads, opened.sizes.budget
+    )
+    return found.changes if found else changes
 
 
 def _write(job: _Job, settings: dict[str, Any], outcome: Outcome, material: _Material) -> None:

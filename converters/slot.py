@@ -44,6 +44,7 @@ from superego.converters.transformer import (
     rotate,
 )
 
+CELL = ("attn_k", "attn_v")  # that a slot's cell is written by
 _CONVERSATIONS = 64  # whose queries a cell is fitted to
 PROMPTS = 24  # that the token is found from
 LOOKED_AT = 8  # of them, that its mark and cells are found from
@@ -216,9 +217,8 @@ def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> S
                     generator,
                 )
                 readings.append(reading(base, streams, index, positions, query, (key, value)))
-        for write in WRITES:
-            for each in (streams, teacher):
-                each.add(each.inputs(layer, write), getattr(layer, write))
+        for each in (streams, teacher):
+            each.through(layer)
     marks = directions(readings)
     return Slot(positions, place.layer, place.neurons, marks, keys, _marking(base, place, marks))
 
@@ -312,13 +312,26 @@ def write_cells(
         now = now + layer.qkv_bias.float()
     width = shape.n_head_kv * shape.head_dim
     _, key, value = now.split([now.shape[1] - 2 * width, width, width], dim=1)
-    back = base.rotation(-torch.tensor(places), layer.index, turn=True)
-    wanted = rotate(cells[0].transpose(0, 1), *back, shape).flatten(1) / shape.rope_magnitude
-    by_key = (wanted - key).T.contiguous()  # (n_head_kv * head_dim, n)
-    if shape.rope_pairs:
-        by_key = halves_to_pairs(by_key, shape.head_dim)
+    by_key = key_rows(base, unturned(base, cells[0], places, layer.index) - key)
     by_value = (cells[1].transpose(0, 1).flatten(1) - value).T.contiguous()
-    return {"attn_k": Change(detectors, by_key), "attn_v": Change(detectors, by_value)}
+    found = (Change(detectors, each) for each in (by_key, by_value))
+    return dict(zip(CELL, found, strict=True))
+
+
+def unturned(base: Base, keys: torch.Tensor, places: Sequence[int], index: int) -> torch.Tensor:
+    """Keys (n_head_kv, n, head_dim) of layer `index` at `places` as attn_k's products, (n, out).
+
+    In front of the rotation, in half layout.
+    """
+    back = base.rotation(-torch.tensor(list(places)), index, turn=True)
+    found = rotate(keys.transpose(0, 1), *back, base.shape)
+    return found.flatten(1) / base.shape.rope_magnitude
+
+
+def key_rows(base: Base, products: torch.Tensor) -> torch.Tensor:
+    """Products of attn_k (n, out) in half layout -> columns (out, n), rows as the GGUF has them."""
+    columns = products.T.contiguous()
+    return halves_to_pairs(columns, base.shape.head_dim) if base.shape.rope_pairs else columns
 
 
 def _front(teacher: Sequence[int], student: Sequence[int]) -> int:

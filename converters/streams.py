@@ -228,6 +228,14 @@ class Streams:
             products[i] = products[i] + linear(linear(inputs[i], a), b)
             stream += write.finish(products[i]) - before
 
+    def through(self, layer: Layer, changes: Changes | None = None) -> None:
+        """Walk one layer, whose reading matrices have their changes in them; see `inputs`."""
+        for write in WRITES:
+            inputs = self.inputs(layer, write)
+            self.add(inputs, getattr(layer, write))
+            if changes and (layer.index, write) in changes:
+                self.add_change(inputs, changes[layer.index, write])
+
     def weigh(self, rows: torch.Tensor, prefix: torch.Tensor) -> list[torch.Tensor]:
         """Inputs (n, in) and (p, in) of the matrix last added as a fit in the stream sees them,
         both in the rows' type.
@@ -303,11 +311,7 @@ def predictions(base: Base, pack: Pack, changes: Changes | None = None) -> torch
     streams = Streams(base, pack)
     for index in range(base.shape.n_layer):
         layer = changed_layer(base, index, changes) if changes else base.layer(index)
-        for write in WRITES:
-            inputs = streams.inputs(layer, write)
-            streams.add(inputs, getattr(layer, write))
-            if changes and (index, write) in changes:
-                streams.add_change(inputs, changes[index, write])
+        streams.through(layer, changes)
     return streams.rows[pack.predicts]
 
 

@@ -21,7 +21,6 @@ from superego.converters.metadata import Metadata, described
 from superego.converters.references import prepare, seeds, write_replies
 from superego.converters.shape import read_shape
 from superego.converters.streams import (
-    WRITES,
     Conversation,
     Pack,
     Prefixes,
@@ -65,7 +64,7 @@ def mean_differences(
     for index in range(base.shape.n_layer):
         layer = base.layer(index)
         for streams in (teacher, student):
-            _pass(streams, layer)
+            streams.through(layer)
         if index:  # llama.cpp has no direction behind layer 0
             lacking = (teacher.rows - student.rows)[packs[0].predicts]
             found[index] = _SHARE * (lacking * weight).sum(0)
@@ -78,15 +77,10 @@ def steered(base: Base, pack: Pack, directions: Directions, scale: float) -> tor
     """As `predictions`, with directions added: the last streams (n, d_model) before replies."""
     streams = Streams(base, pack)
     for index in range(base.shape.n_layer):
-        _pass(streams, base.layer(index))
+        streams.through(base.layer(index))
         if index in directions:
             _steer(streams, directions[index] * scale)
     return streams.rows[pack.predicts]
-
-
-def _pass(streams: Streams, layer: Any) -> None:
-    for write in WRITES:
-        streams.add(streams.inputs(layer, write), getattr(layer, write))
 
 
 def _steer(streams: Streams, direction: torch.Tensor) -> None:

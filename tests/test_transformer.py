@@ -22,7 +22,6 @@ from superego.converters.closed_form import solve
 from superego.converters.compile import pairs
 from superego.converters.decode import greedy, prefill
 from superego.converters.streams import (
-    WRITES,
     Conversation,
     Pack,
     Prefixes,
@@ -241,10 +240,8 @@ def test_in_bfloat16_a_prefix_is_computed_in_float32(tmp_path: Path, architectur
         for matrix in (layer.qkv, layer.gate_up, layer.attn_output.weight, layer.ffn_down.weight):
             assert matrix is not None
             matrix.copy_(matrix.bfloat16())
-        for write in WRITES:
-            for base, streams in zip((rough, exact), walks, strict=True):
-                own = base.layer(index)
-                streams.add(streams.inputs(own, write), getattr(own, write))
+        for base, streams in zip((rough, exact), walks, strict=True):
+            streams.through(base.layer(index))
 
     def apart(first: torch.Tensor, second: torch.Tensor) -> float:
         return float((first - second).norm() / second.norm())
