@@ -29,7 +29,7 @@ from superego.converters.student import Student
 from superego.converters.training import Unseen
 from superego.converters.transformer import Base
 from superego.exchanges import kept_references
-from superego.pairs import has_slot
+from superego.pairs import has_slot, read_pairs
 from superego.progress import Steps
 from superego.refinement import Refinement
 from superego.runtime import load
@@ -93,6 +93,7 @@ def test_a_trained_adapter_is_what_llama_cpp_applies(
         max_tokens=24,
     )
     assert has_slot(read_adapter(out))
+    assert len(read_pairs(read_adapter(out))["blk.20.attn_v.weight"][0]) == 4  # corrected anew
     assert after.kl_recovered.value > before.kl_recovered.value - 0.05
     assert after.kl_recovered.value > 0.7
 
