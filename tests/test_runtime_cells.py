@@ -56,7 +56,7 @@ def corrected(
 
 def test_values_are_some_percent_off_and_right_behind_it(corrected: Corrected) -> None:
     """What differs from look to look, one to two percent, is not followed."""
-    assert 0.04 < corrected.before < 0.12
+    assert 0.03 < corrected.before < 0.2
     assert corrected.after < 0.4 * corrected.before
 
 
@@ -76,7 +76,7 @@ def test_compile_writes_them_and_training_leaves_them_out(
     """In torch nothing is rounded to 8 bits: there a correction would be an error."""
     path, report = compiled
     before, after = report["cells off in llama.cpp"]
-    assert 0.04 < before < 0.12
+    assert 0.03 < before < 0.2
     assert after < 0.4 * before
     name = "blk.20.attn_v.weight"
     assert len(read_pairs(read_adapter(path))[name][0]) == 2 * len(changes[20, "attn_v"].a)
