@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 import torch
 from gguf import GGMLQuantizationType, dequantize
-from llama_cpp import Llama
 
 from superego.adapter import write_adapter
 from superego.atomic import temporary_folder
 from superego.attachment import attach
 from superego.base import BaseModel
 from superego.converters.adapter_changes import pairs
-from superego.converters.slot import CELL, Slot, key_rows, unturned
+from superego.converters.slot import CELL, Slot, cells_of, key_rows, unturned
 from superego.converters.streams import (
     Change,
     Changes,
@@ -32,11 +32,14 @@ from superego.converters.streams import (
     Streams,
     changed_layer,
 )
-from superego.converters.transformer import Base, project_qkv, rms_norm
+from superego.converters.transformer import Base
 from superego.errors import SuperegoError
 from superego.runtime import load
-from superego.session import kv_type_of, prefill, state_bytes
-from superego.state_file import layout, parse
+from superego.session import prefill, state_bytes
+from superego.state_file import Layout, layout, parse
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 _PASSES = 2
 _LEAST = 0.005  # of a value's length; what is less off is left alone
@@ -77,14 +80,14 @@ def correct_cells(
     where it did not help.
     """
     layers = [i for i, m in sorted(changes) if m == "attn_k"] if slot else []
-    size = sum(file.stat().st_size for file in model.files)
     if slot is None or not slot.positions or not layers:
         return None
+    size = sum(file.stat().st_size for file in model.files)
     if budget is not None and psutil.Process().memory_info().rss + size > budget:
         return None
     wanted = _counted_on(base, changes, slot, student, layers)
     try:
-        layout(model.header, "f16")
+        expected = layout(model.header, "f16")
         llm = load(model, n_ctx=len(student) + 1, threads=threads)
     except SuperegoError:
         return None
@@ -92,7 +95,7 @@ def correct_cells(
     off: list[float] = []
     try:
         for count in range(1, _PASSES + 2):
-            found = _in_llama_cpp(llm, base, model, _with(changes, added), slot, student, layers)
+            found = _in_llama_cpp(llm, base, expected, _with(changes, added), slot, student, layers)
             off.append(_off(wanted, found))
             if off[0] < _LEAST:
                 return None
@@ -137,15 +140,14 @@ def _counted_on(
 ) -> Cells:
     """The slot's cells as the fit's own walk has them."""
     streams = Streams(base, Pack([Conversation([student[-1]], [0])], student))
-    places, eps = list(slot.positions), base.shape.rms_eps
+    places = list(slot.positions)
     found: Cells = {}
     for index in range(max(layers) + 1):
         layer = changed_layer(base, index, changes)
         if index in layers:
-            hidden = rms_norm(streams.prefix[places], layer.attn_norm, eps, torch.float32)
             cos, sin = streams.prefix_rotations[index]
-            _, key, value = project_qkv(base, layer, hidden, (cos[places], sin[places]))
-            found[index] = key.transpose(0, 1), value.transpose(0, 1)
+            turn = cos[places], sin[places]
+            found[index] = cells_of(base, layer, streams.prefix[places], turn)
         streams.through(layer, changes)
     return found
 
@@ -153,7 +155,7 @@ def _counted_on(
 def _in_llama_cpp(
     llm: Llama,
     base: Base,
-    model: BaseModel,
+    expected: Layout,
     changes: Changes,
     slot: Slot,
     student: Sequence[int],
@@ -161,10 +163,9 @@ def _in_llama_cpp(
 ) -> Cells:
     """The same as llama.cpp has them; raises SuperegoError where it keeps another kind of state."""
     places, tokens = list(slot.positions), list(student)
-    expected = layout(model.header, kv_type_of(llm))
     with temporary_folder() as folder:
         path = folder / "adapter.gguf"
-        write_adapter(path, model.architecture, pairs(changes), {})
+        write_adapter(path, base.shape.architecture, pairs(changes), {})
         with attach(llm, path):
             prefill(llm, tokens)
             state = parse(state_bytes(llm, tokens), expected, path, len(tokens))

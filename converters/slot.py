@@ -132,8 +132,10 @@ class Probe:
         base, streams = self._base, self._streams
         # the student's cells at the distances that the teacher's have from the conversation
         turn = base.rotation(self._positions, index)
-        own_keys, own_values = self._cells(index, prefix, turn)
-        keys, values = self._cells(index, streams.prefix, streams.prefix_rotations[index])
+        layer = base.layer(index)
+        own_keys, own_values = cells_of(base, layer, prefix, turn)
+        theirs = streams.prefix_rotations[index]
+        keys, values = cells_of(base, layer, streams.prefix, theirs)
         cos, sin = streams.rotations[index]
         turned = cos[self._places], sin[self._places]
         stream = streams.rows[self._places]
@@ -160,14 +162,14 @@ class Probe:
         turn = self._base.rotation(torch.tensor([by] * self._n), index, turn=True)
         return rotate(keys.transpose(0, 1), *turn, self._base.shape).transpose(0, 1)
 
-    def _cells(
-        self, index: int, stream: torch.Tensor, rotation: Rotation
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A prefix's keys and values, each (n_head_kv, p, head_dim)."""
-        base, layer = self._base, self._base.layer(index)
-        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, torch.float32)
-        _, key, value = project_qkv(base, layer, hidden, rotation)
-        return key.transpose(0, 1), value.transpose(0, 1)
+
+def cells_of(
+    base: Base, layer: Layer, stream: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a prefix's rows, each (n_head_kv, p, head_dim), in float32."""
+    hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, torch.float32)
+    _, key, value = project_qkv(base, layer, hidden, rotation)
+    return key.transpose(0, 1), value.transpose(0, 1)
 
 
 def find_slot(base: Base, prompts: Sequence[list[int]], prefixes: Prefixes) -> Slot | None:

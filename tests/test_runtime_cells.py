@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from superego.converters.streams import Changes
 from superego.converters.transformer import Base
 from superego.errors import SuperegoError
 from superego.pairs import read_pairs
+
+Correct = Callable[..., Corrected | None]  # of `correct_cells`, slot and budget
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +50,13 @@ def changes(pirate: Path) -> Changes:
 
 
 @pytest.fixture(scope="module")
-def corrected(
-    base: Base, smollm2: BaseModel, changes: Changes, slot: Slot, prompts: Prompts
-) -> Corrected:
-    found = correct_cells(base, smollm2, changes, slot, prompts.prefixes.student)
+def correct(base: Base, smollm2: BaseModel, changes: Changes, prompts: Prompts) -> Correct:
+    return partial(correct_cells, base, smollm2, changes, student=prompts.prefixes.student)
+
+
+@pytest.fixture(scope="module")
+def corrected(correct: Correct, slot: Slot) -> Corrected:
+    found = correct(slot=slot)
     assert found is not None
     return found
 
@@ -90,32 +97,21 @@ def test_compile_writes_them_and_training_leaves_them_out(
 
 
 def test_what_is_hardly_off_is_left_alone(
-    base: Base,
-    smollm2: BaseModel,
-    changes: Changes,
-    slot: Slot,
-    prompts: Prompts,
-    monkeypatch: pytest.MonkeyPatch,
+    correct: Correct, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A runtime that rounds nothing, as GPUs have it, asks for no ranks."""
     monkeypatch.setattr(runtime_cells, "_LEAST", 0.2)
-    assert correct_cells(base, smollm2, changes, slot, prompts.prefixes.student) is None
+    assert correct(slot=slot) is None
 
 
 def test_without_a_slot_room_or_a_state_that_can_be_read_the_fit_does_without(
-    base: Base,
-    smollm2: BaseModel,
-    changes: Changes,
-    slot: Slot,
-    prompts: Prompts,
-    monkeypatch: pytest.MonkeyPatch,
+    correct: Correct, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = prompts.prefixes.student
-    assert correct_cells(base, smollm2, changes, None, student) is None
-    assert correct_cells(base, smollm2, changes, slot, student, budget=1 << 20) is None
+    assert correct(slot=None) is None
+    assert correct(slot=slot, budget=1 << 20) is None
 
     def refuse(*args: object) -> None:
         raise SuperegoError("another kind of state")
 
     monkeypatch.setattr(runtime_cells, "parse", refuse)
-    assert correct_cells(base, smollm2, changes, slot, student) is None
+    assert correct(slot=slot) is None

@@ -18,8 +18,8 @@ from conftest import tiny_model
 
 from superego.adapter import read_adapter
 from superego.base import open_base
+from superego.converters.adapter_changes import pairs
 from superego.converters.closed_form import solve
-from superego.converters.compile import pairs
 from superego.converters.decode import greedy, prefill
 from superego.converters.streams import (
     Conversation,
