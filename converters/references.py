@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Replies are written a block at a time, whatever the effort: a block is the same whether
 # it is the only one or one of many, so that the cache never changes a result. Larger
 # blocks write faster; the first one is what `quick` waits for.
-BLOCKS = (12, 24, 72, 132, 96, 132, 132, 264, *[384] * 8)
+BLOCKS = (12, 20, 76, 132, 96, 132, 132, 264, *[384] * 8)
 # Tokens of a reply, at most. Fewer say little of what changes as a reply goes on; with more there
 # is time for fewer prompts, which teach more than more tokens of the same.
 REPLY = 32

@@ -16,6 +16,7 @@ from superego.converters.streams import Change
 
 _GRAM_CHUNK = 2048  # rows multiplied at once; sums of chunks are kept in float32
 _GRAM_BLOCK = 512
+_DUAL_BLOCK = 256  # the same where rows are fewer than inputs
 # The same in bfloat16 where outputs are many: adding to float32 takes its time. Half as many in
 # float32, which are as many bytes.
 GRAM_ROWS = 8192
@@ -82,11 +83,13 @@ def _dual(
         wanted *= length
     scale = _penalty(x.square().sum(0), ridge).rsqrt()
     x *= scale
-    kernel = x @ x.T
+    n, out = wanted.shape
+    kernel = x.new_zeros(n, n)
+    for top in range(0, n, _DUAL_BLOCK):  # upper blocks: nothing reads the others
+        kernel[top : top + _DUAL_BLOCK, top:] = x[top : top + _DUAL_BLOCK] @ x[top:].T
     kernel.diagonal().add_(1)
     alpha = _solved(kernel, wanted)  # (n, out)
     given = wanted - alpha
-    n, out = given.shape
     if rank <= n < out:  # the same directions, from the smaller square
         _, vectors = torch.linalg.eigh(given @ given.T)
         b, _ = torch.linalg.qr(given.T @ vectors[:, -rank:])
