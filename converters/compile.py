@@ -254,9 +254,8 @@ def compile_manifesto(
 
     mark = time.perf_counter()
     slot = opened.slots.of(base, [c.prompt for c in seen], prompts.prefixes)
-    corrected = correct_cells(
-        base, model, changes, slot, prompts.prefixes.student, threads, opened.sizes.budget
-    )
+    student, budget = prompts.prefixes.student, opened.sizes.budget
+    corrected = correct_cells(base, model, changes, slot, student, threads, budget, steps.note)
     changes = corrected.changes if corrected else changes
     seconds["correct"] = time.perf_counter() - mark
 

@@ -30,7 +30,7 @@ from superego.converters.examples import Example, as_conversations
 from superego.converters.kept import stored
 from superego.converters.metadata import Metadata, described
 from superego.converters.references import BLOCKS, Prompts, prepare, seeds
-from superego.converters.runtime_cells import correct_cells
+from superego.converters.runtime_cells import Corrected, correct_cells
 from superego.converters.slot import Slot
 from superego.converters.streams import Changes, Conversation
 from superego.converters.student import MATRICES, Student
@@ -250,17 +250,19 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
         outcome = train(begun.student, lessons, measured, plan, told, job.checkpoint, key, saved)
     if begun.kl_file is not None:
         outcome.kl_start = begun.kl_file
+    corrected = None
     check_unchanged(model.header, *([start.header] if start is not None else []))
     if start is not None and not outcome.gained:
         copied = start.path.read_bytes()
         with replacing(output) as temporary:
             temporary.write_bytes(copied)
     else:
-        outcome.changes = _corrected(job, material, begun.student.slot, outcome.changes)
+        corrected = _corrected(job, material, begun.student.slot, outcome.changes)
+        outcome.changes = corrected.changes if corrected else outcome.changes
         _write(job, settings, outcome, material)
     if not outcome.interrupted:
         job.checkpoint.unlink(missing_ok=True)
-    return _report(job, outcome, material, seconds, begun)
+    return _report(job, outcome, material, seconds, begun, corrected)
 
 
 def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | None) -> _Material:
@@ -410,19 +412,20 @@ def _settings(options: Options, start: Adapter | None) -> dict[str, Any]:
     }
 
 
-def _corrected(job: _Job, material: _Material, own: Slot | None, changes: Changes) -> Changes:
+def _corrected(
+    job: _Job, material: _Material, own: Slot | None, changes: Changes
+) -> Corrected | None:
     """The changes with their cells put right in llama.cpp, where the slot is this version's."""
     opened, prefixes = material.opened, material.prompts.prefixes
     if own is None:
-        return changes
+        return None
     slot = opened.slots.of(opened.base, [c.prompt for c in material.seen], prefixes)
     if slot is None or (slot.layer, slot.neurons) != (own.layer, own.neurons):
-        return changes
-    student, threads = prefixes.student, job.options.threads
-    found = correct_cells(
-        opened.base, job.model, changes, slot, student, threads, opened.sizes.budget
+        return None
+    student, threads, budget = prefixes.student, job.options.threads, opened.sizes.budget
+    return correct_cells(
+        opened.base, job.model, changes, slot, student, threads, budget, job.steps.note
     )
-    return found.changes if found else changes
 
 
 def _write(job: _Job, settings: dict[str, Any], outcome: Outcome, material: _Material) -> None:
@@ -450,6 +453,7 @@ def _report(
     material: _Material,
     seconds: dict[str, float],
     begun: _Beginning,
+    corrected: Corrected | None,
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "adapter": str(job.output),
@@ -461,6 +465,7 @@ def _report(
         "kl base": round(outcome.kl_base, 4),
         "steps": outcome.steps,
         **({"fitted to": [begun.fitted, begun.last]} if begun.last else {}),
+        **(corrected.report() if corrected else {}),
         "trained on": len(material.lessons),
         "own examples": len(material.own),
         "curve": [(round(s, 1), round(r, 4)) for s, r in outcome.curve],

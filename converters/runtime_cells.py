@@ -9,7 +9,7 @@ the fit counted on, the same in every conversation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,6 +67,7 @@ def correct_cells(
     student: Sequence[int],
     threads: int | None = None,
     budget: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Corrected | None:
     """The changes with ranks more in attn_k and attn_v that put the slot's cells right.
 
@@ -77,7 +78,8 @@ def correct_cells(
 
     None where there is nothing to put right, where llama.cpp keeps another kind of state, where
     the model's file would not fit into `budget` bytes of this process beside what is there, and
-    where it did not help.
+    where it did not help. None too where llama.cpp cannot be asked, a full disk say; `tell` is
+    then told why.
     """
     layers = [i for i, m in sorted(changes) if m == "attn_k"] if slot else []
     if slot is None or not slot.positions or not layers:
@@ -85,17 +87,20 @@ def correct_cells(
     size = sum(file.stat().st_size for file in model.files)
     if budget is not None and psutil.Process().memory_info().rss + size > budget:
         return None
-    wanted = _counted_on(base, changes, slot, student, layers)
     try:
         expected = layout(model.header, "f16")
-        llm = load(model, n_ctx=len(student) + 1, threads=threads)
-    except SuperegoError:
+    except SuperegoError:  # another kind of state
         return None
+    wanted = _counted_on(base, changes, slot, student, layers)
     added: dict[tuple[int, str], torch.Tensor] = {}
     off: list[float] = []
+    llm: Llama | None = None
     try:
+        llm = load(model, n_ctx=len(student) + 1, threads=threads)
         for count in range(1, _PASSES + 2):
             found = _in_llama_cpp(llm, base, expected, _with(changes, added), slot, student, layers)
+            if found is None:
+                return None
             off.append(_off(wanted, found))
             if off[0] < _LEAST:
                 return None
@@ -108,10 +113,12 @@ def correct_cells(
                 for matrix, step in zip(CELL, (by_key, by_value), strict=True):
                     before = added.get((index, matrix), torch.zeros(()))
                     added[index, matrix] = before + step / count
-    except SuperegoError:  # a state that cannot be read: the fit does without
+    except SuperegoError as error:  # the fit does without
+        tell(f"the slot's cells are not put right in llama.cpp: {error}")
         return None
     finally:
-        llm.close()
+        if llm is not None:
+            llm.close()
     return Corrected(_with(changes, added), off[0], off[-1]) if off[-1] < off[0] else None
 
 
@@ -160,8 +167,8 @@ def _in_llama_cpp(
     slot: Slot,
     student: Sequence[int],
     layers: Sequence[int],
-) -> Cells:
-    """The same as llama.cpp has them; raises SuperegoError where it keeps another kind of state."""
+) -> Cells | None:
+    """The same as llama.cpp has them; None where a window has let go of them."""
     places, tokens = list(slot.positions), list(student)
     with temporary_folder() as folder:
         path = folder / "adapter.gguf"
@@ -170,7 +177,7 @@ def _in_llama_cpp(
             prefill(llm, tokens)
             state = parse(state_bytes(llm, tokens), expected, path, len(tokens))
     if any(len(state.keys[i]) != len(tokens) for i in layers):
-        raise SuperegoError("a window has let go of cells")
+        return None
     return {
         i: (
             to_halves(base, heads(base, state.keys[i][places], expected.kv_type)),

@@ -104,14 +104,33 @@ def test_what_is_hardly_off_is_left_alone(
     assert correct(slot=slot) is None
 
 
-def test_without_a_slot_room_or_a_state_that_can_be_read_the_fit_does_without(
-    correct: Correct, slot: Slot, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_slot_or_room_the_fit_does_without(correct: Correct, slot: Slot) -> None:
     assert correct(slot=None) is None
     assert correct(slot=slot, budget=1 << 20) is None
 
-    def refuse(*args: object) -> None:
-        raise SuperegoError("another kind of state")
 
-    monkeypatch.setattr(runtime_cells, "parse", refuse)
-    assert correct(slot=slot) is None
+def test_where_llama_cpp_cannot_be_asked_the_fit_does_without_and_says_why(
+    correct: Correct, slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise SuperegoError("adapter.gguf: cannot be written: No space left on device")
+
+    monkeypatch.setattr(runtime_cells, "write_adapter", full)
+    told: list[str] = []
+    assert correct(slot=slot, tell=told.append) is None
+    assert told == [
+        "the slot's cells are not put right in llama.cpp: adapter.gguf: cannot be written: "
+        "No space left on device"
+    ]
+
+
+def test_a_state_of_another_kind_is_nothing_to_tell_of(
+    correct: Correct, slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise SuperegoError("recurrent")
+
+    monkeypatch.setattr(runtime_cells, "layout", refuse)
+    told: list[str] = []
+    assert correct(slot=slot, tell=told.append) is None
+    assert not told
