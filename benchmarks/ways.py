@@ -42,6 +42,7 @@ from superego.template import ChatTemplate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 matplotlib.rcParams["svg.hashsalt"] = "superego"
 SUPEREGO = str(Path(sys.executable).parent / "superego")
@@ -389,6 +390,9 @@ def plots(results: Results, out: Path) -> None:
             )
     axes.set(xscale="log", xlabel="seconds to build, whole command", ylabel="KL recovered")
     axes.axhline(1, color="grey", linewidth=0.8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 6)))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7)
     _save(figure, out / "seconds")
     figure, axes = plt.subplots(figsize=(7, 4.5))
@@ -398,7 +402,7 @@ def plots(results: Results, out: Path) -> None:
             n = min(map(len, curves))
             axes.plot(range(1, n + 1), np.mean([c[:n] for c in curves], axis=0), label=way)
     axes.set(xlabel="token of the reply", ylabel="KL recovered", ylim=(0, 1.02))
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, out / "tokens")
 
 

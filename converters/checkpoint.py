@@ -37,6 +37,11 @@ class Checkpoint:
         """How many of them its student was fitted to, where that was no file's."""
         return self._count("fitted") or 0
 
+    @property
+    def last(self) -> int:
+        """How many of them its last layers were fitted to; 0 where that is not kept."""
+        return self._count("last") or 0
+
     def _count(self, name: str) -> int | None:
         found = self.state.get(name)
         return found if type(found) is int and found > 0 else None

@@ -202,7 +202,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     measured = Unseen(base, material.unseen, prefixes)
     key = _key(job, [*material.lessons, *material.own])
     until = started + refit.SHARE * job.budget
-    begun = _begin(job, material, measured, settings, until, saved.origin(key) if saved else None)
+    begun = _begin(job, material, measured, settings, until, saved, key)
     settings = {**settings, **begun.settings}
     spent = time.perf_counter() - started
     seconds = {"references": gathered}
@@ -239,6 +239,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
             references=len(material.conversations),
             origin=begun.origin,
             fitted=begun.fitted,
+            last=begun.last,
             # an adapter that is all new changes nothing yet
             kl_start=measured.kl_base if start is None else begun.kl,
         )
@@ -316,24 +317,26 @@ def _begin(
     measured: Unseen,
     settings: dict[str, Any],
     until: float,
-    origin: Origin | None,
+    saved: Checkpoint | None,
+    key: str,
 ) -> _Beginning:
     """The start as a student, or a closed form of all references where that is better.
 
-    It is to be there `until` then. `settings` are the start's, and `origin` is what an interrupted
-    run began with, which is not fitted again.
+    It is to be there `until` then. `settings` are the start's, and what an interrupted run with
+    this key began with is not fitted again.
     """
     base, start, options = material.opened.base, job.start, job.options
     changes: Origin = changes_of(start) if start is not None else ({}, None)
+    origin = saved.origin(key) if saved else None
     student = Student(base, *(origin or changes))
     if start is None:
         student.add(options.rank, options.targets, options.seed)
     student.keep_slot()
     seen = material.seen[: material.fits]
-    if origin:
+    if saved and origin:
         kl = measured.of(Student(base, *changes))
         anew = refit.settings_for(settings, len(seen), base)
-        return _Beginning(student, None, origin, kl, fitted=len(seen), settings=anew)
+        return _Beginning(student, None, origin, kl, False, len(seen), saved.last, anew)
     least = refit.least(material.fitted)
     if not job.fits_again or len(seen) < least:
         return _Beginning(student, None)

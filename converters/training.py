@@ -60,7 +60,8 @@ class Plan:
     seed: int = 0
     references: int = 0  # that were written for it; kept for a run that goes on
     origin: Origin | None = None  # that the student was made from, where it is no file's
-    fitted: int = 0  # references that it was fitted to, then
+    fitted: int = 0  # references that it was fitted to, then, and its last layers
+    last: int = 0
     kl_start: float | None = None  # of the student on the unseen conversations, where it is known
 
 
@@ -408,6 +409,7 @@ class _Run:
             "key": key,
             "references": self.plan.references,
             "fitted": self.plan.fitted,
+            "last": self.plan.last,
             "seconds": seconds,
             "steps": outcome.steps,
             "taken": self._taken,

@@ -371,10 +371,12 @@ def test_what_was_fitted_anew_is_gone_on_with(
     first = refine(read_adapter(closed), tiny, out, Options(1.0))
     assert first["interrupted"]
     assert first["steps"] == 3
+    assert min(first["fitted to"]) > 0
     rank, settings = read_adapter(out).rank, read_adapter(out).own["settings"]
     monkeypatch.setattr("superego.converters.refit.solve", None)  # is not called again
     again = refine(read_adapter(closed), tiny, out, Options(0.5, resume=True))
     assert again["steps"] > 3
+    assert again["fitted to"] == first["fitted to"]
     assert read_adapter(out).rank == rank > read_adapter(closed).rank
     again_settings = read_adapter(out).own["settings"]
     first_most, most = (json.loads(each)["most"] for each in (settings, again_settings))
