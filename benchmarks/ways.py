@@ -283,20 +283,6 @@ def details(results: Results) -> str:
     return f"{head}{rows}\n{means}"
 
 
-def efforts(results: Results) -> str:
-    """KL recovered, drift and seconds of the closed form's efforts, a row each persona."""
-    rows = ""
-    for name, persona in results["personas"].items():
-        reports = persona.get("reports", {})
-        if not any(e in reports for e in EFFORTS):
-            continue
-        system = next(iter(reports.values()))["drift_system"]
-        cells = [_cell(persona, effort) for effort in EFFORTS]
-        rows += f"| {name} | {system:.3f} | " + " | ".join(cells) + " |\n"
-    head = "| persona | drift of the system message | " + " | ".join(EFFORTS) + " |\n"
-    return head + "|---" * (len(EFFORTS) + 2) + "|\n" + rows
-
-
 def _cell(persona: dict[str, Any], way: str) -> str:
     """KL recovered with its interval, drift, seconds; empty where it was not measured."""
     report = persona["reports"].get(way)
@@ -332,7 +318,7 @@ def write_docs(results: Results, out: Path, root: Path) -> None:
 
     A mark is `<!-- ways: NAME -->`, and `<!-- /ways -->` ends what it begins.
     """
-    tables = {"means": table, "personas": by_persona, "efforts": efforts, "origin": origin}
+    tables = {"means": table, "personas": by_persona, "details": details, "origin": origin}
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text("utf-8")
         new = re.sub(
