@@ -278,7 +278,7 @@ def _parse(reader: _Reader, modified: int) -> Header:
     if magic != b"GGUF":
         raise SuperegoError(
             f"{path}: not a GGUF file (starts with {magic!r}, expected b'GGUF'); "
-            "give the model file that llama.cpp or Ollama loads"
+            "give a model or an adapter as llama.cpp loads it"
         )
     version = reader.scalar(4, "version")
     if version not in (2, 3):
