@@ -283,6 +283,39 @@ def details(results: Results) -> str:
     return f"{head}{rows}\n{means}"
 
 
+def refined(results: Results) -> str:
+    """What refine has over the `standard` that it began with, a row each persona, and in all."""
+    way = next((w for w in results["ways"] if "refine" in w), "")
+    rows, values, gains, times = "", [], [], []
+    for name, persona in results["personas"].items():
+        reports = persona.get("reports", {})
+        if way not in reports or "standard" not in reports:
+            continue
+        r, made = reports[way], persona["made"][way]
+        k, start = r["kl_recovered"], reports["standard"]["kl_recovered"]["value"]
+        fitted = made["report"].get("fitted to", ["-"])
+        values.append(k["value"])
+        gains.append(k["value"] - start)
+        times.append(made["seconds"])
+        rows += (
+            f"| {name} | {start:.3f} | {k['value']:.3f} ({k['low']:.3f}–{k['high']:.3f}) "
+            f"| {gains[-1]:+.3f} | {r['top1_adapter']:.3f} | {r['drift_adapter']:.3f} "
+            f"| {r['kl_with_system']:.3f} | {', '.join(map(str, fitted))} "
+            f"| {made['seconds']:.0f} | {made['peak memory MB']} |\n"
+        )
+    head = (
+        f"| persona | standard | {way} (95 %) | gain | top-1 | drift | KL way + system | "
+        "references, first and last layer | seconds | MB |\n" + "|---" * 10 + "|\n"
+    )
+    if not values:
+        return head
+    return (
+        f"{head}{rows}\n{way}: {len(values)} personas, mean KL recovered "
+        f"{statistics.mean(values):.4f}, lowest {min(values):.3f}; gains {min(gains):+.4f} to "
+        f"{max(gains):+.4f}; seconds {min(times):.0f} to {max(times):.0f}\n"
+    )
+
+
 def _cell(persona: dict[str, Any], way: str) -> str:
     """KL recovered with its interval, drift, seconds; empty where it was not measured."""
     report = persona["reports"].get(way)
@@ -318,7 +351,13 @@ def write_docs(results: Results, out: Path, root: Path) -> None:
 
     A mark is `<!-- ways: NAME -->`, and `<!-- /ways -->` ends what it begins.
     """
-    tables = {"means": table, "personas": by_persona, "details": details, "origin": origin}
+    tables = {
+        "means": table,
+        "personas": by_persona,
+        "details": details,
+        "refined": refined,
+        "origin": origin,
+    }
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text("utf-8")
         new = re.sub(
@@ -471,6 +510,7 @@ def main() -> None:
     print(table(results))
     print(by_persona(results))
     print(details(results))
+    print(refined(results))
     plots(results, out)
     if options.docs:
         write_docs(results, out, Path(__file__).parent.parent)
