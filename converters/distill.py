@@ -201,7 +201,7 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     base, prefixes = material.opened.base, material.prompts.prefixes
     measured = Unseen(base, material.unseen, prefixes)
     key = _key(job, [*material.lessons, *material.own])
-    until = started + refit.SHARE * job.budget
+    until = started + refit.fitting_seconds(job.budget)
     begun = _begin(job, material, measured, settings, until, saved, key)
     settings = {**settings, **begun.settings}
     spent = time.perf_counter() - started
@@ -285,7 +285,7 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
             f"{model.path}: training keeps all weights in memory, and they do not fit what is "
             "free; compile needs less"
         )
-    seconds = (refit.SHARE if job.fits_again else _WRITING) * job.budget
+    seconds = refit.fitting_seconds(job.budget) if job.fits_again else _WRITING * job.budget
     had = saved.references if saved else None
     if had is not None:  # as many again: what is gone on with must have been made from the same
         least, seconds = next((i + 1 for i, end in enumerate(ends) if end >= had), most), 0.0

@@ -27,7 +27,8 @@ from superego.progress import Steps
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-SHARE = 0.92  # of the budget, at most, for the references and a fit to them
+_SHARE = 0.92  # of the budget, at least, for the references and a fit to them
+_LONG_SHARE, _BEHIND = 0.98, 4.0  # of a long one; seconds of what comes behind it: measure, write
 _MORE = 1.25  # times the references that the file was fitted to; fewer are not fitted again
 _ROWS = 54  # tokens of a reference, about
 _EACH = 0.01  # seconds that one takes beside all products, at least
@@ -54,10 +55,15 @@ class Allowance:
     unseen: int  # of them that are not fitted
 
 
+def fitting_seconds(budget: float) -> float:
+    """Seconds of a budget for the references and a fit to them: what is behind does not grow."""
+    return max(_SHARE * budget, _LONG_SHARE * budget - _BEHIND)
+
+
 def blocks_within(model: BaseModel, budget: float) -> int:
     """How many blocks of references may be fitted in their share of so many seconds, at most."""
     shape, rate = read_shape(model.header), probe_dtype()[1]
-    most = fitted_within(shape, _ROWS, rate, _MISJUDGED * SHARE * budget)
+    most = fitted_within(shape, _ROWS, rate, _MISJUDGED * fitting_seconds(budget))
     return sum(
         end - size < most for size, end in zip(BLOCKS, itertools.accumulate(BLOCKS), strict=True)
     )

@@ -116,6 +116,13 @@ def test_what_must_be_written_is_and_a_slow_fit_has_fewer(
     assert blocks == sum(BLOCKS[:9])  # whole ones alone, where their writing has all the time
 
 
+@pytest.mark.parametrize(("budget", "left"), [(10, 0.8), (60, 4.8), (300, 10), (3600, 76)])
+def test_what_is_left_behind_a_fit_is_enough_to_measure_and_write(
+    budget: float, left: float
+) -> None:
+    assert budget - refit.fitting_seconds(budget) == pytest.approx(left)
+
+
 def test_a_fit_that_is_done_in_time_has_all_references(
     fitted: Callable[..., refit.Fitted | None],
 ) -> None:
