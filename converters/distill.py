@@ -27,8 +27,10 @@ from superego.converters.adapter_changes import changes_of, pairs
 from superego.converters.checkpoint import Checkpoint, Origin, read_checkpoint
 from superego.converters.compile import METHOD, Opened, open_for_compile
 from superego.converters.examples import Example, as_conversations
+from superego.converters.heap import kept_heap
 from superego.converters.kept import stored
 from superego.converters.metadata import Metadata, described
+from superego.converters.recorded import Recorded
 from superego.converters.references import BLOCKS, Prompts, prepare, seeds
 from superego.converters.runtime_cells import Corrected, correct_cells
 from superego.converters.slot import Slot
@@ -122,6 +124,7 @@ class _Material:
     lessons: list[Conversation]  # of the seen ones, what is trained on
     own: list[Conversation]  # the user's examples
     fitted: int  # how many the start was made from
+    recorded: Recorded | None  # the teacher's streams of all, until they are fitted
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -161,7 +164,8 @@ def distill(
         check_fit(start, model.header)
     steps = steps or Steps(quiet=True)
     job = _Job("distill", manifesto, model, output, options, start, examples, steps)
-    return _run(job, opened)
+    with kept_heap():
+        return _run(job, opened)
 
 
 def refine(
@@ -182,7 +186,8 @@ def refine(
     steps = steps or Steps(quiet=True)
     manifesto = manifesto_of(adapter)
     job = _Job("refine", manifesto, model, output, options, adapter, examples, steps)
-    return _run(job, opened)
+    with kept_heap():
+        return _run(job, opened)
 
 
 def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
@@ -196,13 +201,15 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     saved = read_checkpoint(job.checkpoint) if options.resume else None
     llm = opened.llm if opened else load(model, threads=options.threads, vocab_only=True)
-    material = _gather(job, llm, opened, saved)
+    until = started + refit.fitting_seconds(job.budget)
+    material = _gather(job, llm, opened, saved, until)
     gathered = time.perf_counter() - started
     base, prefixes = material.opened.base, material.prompts.prefixes
     measured = Unseen(base, material.unseen, prefixes)
     key = _key(job, [*material.lessons, *material.own])
-    until = started + refit.fitting_seconds(job.budget)
     begun = _begin(job, material, measured, settings, until, saved, key)
+    if material.recorded is not None:
+        material.recorded.clear()
     settings = {**settings, **begun.settings}
     spent = time.perf_counter() - started
     seconds = {"references": gathered}
@@ -266,8 +273,13 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     return _report(job, outcome, material, seconds, begun, corrected)
 
 
-def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | None) -> _Material:
-    """Write the references, or read what is there, and part them; opens the base for it."""
+def _gather(
+    job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | None, until: float
+) -> _Material:
+    """Write the references, or read what is there, and part them; opens the base for it.
+
+    A closed form of them is to be there `until` then.
+    """
     model, options = job.model, job.options
     fitted = _fitted(job.start, model)
     ends = list(itertools.accumulate(BLOCKS))
@@ -285,17 +297,18 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
             f"{model.path}: training keeps all weights in memory, and they do not fit what is "
             "free; compile needs less"
         )
-    seconds = refit.fitting_seconds(job.budget) if job.fits_again else _WRITING * job.budget
+    seconds = until - time.perf_counter() if job.fits_again else _WRITING * job.budget
     had = saved.references if saved else None
     if had is not None:  # as many again: what is gone on with must have been made from the same
         least, seconds = next((i + 1 for i, end in enumerate(ends) if end >= had), most), 0.0
         prompts = replace(prompts, rest=prompts.rest[:had])
-    allowed = refit.Allowance(least, most, seconds, job.fits_again, UNSEEN)
+    fitting = job.fits_again and saved is None  # else nothing is fitted again
+    allowed = refit.Allowance(least, most, seconds, fitting, UNSEEN)
     before = _leading(job.start, model, prompts)
-    conversations, fits = refit.write_within(
+    conversations, fits, recorded = refit.write_within(
         llm, opened, model, prompts, allowed, before, options.use_cache, job.steps
     )
-    if saved is not None:  # nothing is fitted again
+    if saved is not None:
         fits = saved.fitted
     fresh = [c for c in conversations if tuple(c.prompt) not in fitted]
     unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
@@ -308,7 +321,7 @@ def _gather(job: _Job, llm: Llama, opened: Opened | None, saved: Checkpoint | No
     measured_on = {id(c) for c in unseen}
     seen = [c for c in conversations if id(c) not in measured_on]
     lessons = fresh if len(fresh) >= len(seen) // 4 else seen
-    return _Material(opened, prompts, seen, fits, unseen, lessons, own, len(fitted))
+    return _Material(opened, prompts, seen, fits, unseen, lessons, own, len(fitted), recorded)
 
 
 def _begin(
@@ -343,7 +356,14 @@ def _begin(
     before = measured.of(student)
     try:
         found = refit.fit_again(
-            material.opened, material.prompts, seen, settings, until, job.steps, least
+            material.opened,
+            material.prompts,
+            seen,
+            settings,
+            until,
+            job.steps,
+            least,
+            material.recorded,
         )
     except KeyboardInterrupt:
         return _Beginning(student, before, None, before, interrupted=True)

@@ -1,0 +1,37 @@
+"""Memory that is given back is allocated again without the system being asked for it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import pytest
+import torch
+
+from superego.converters.heap import kept_heap
+
+
+def faults() -> int:
+    """Pages that the system has handed out so far, while a large block comes and goes."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is meant")
+def test_within_it_a_large_block_is_handed_out_once_and_behind_it_anew() -> None:
+    once = 0.6 * (64 << 20) / 4096
+    with kept_heap():
+        faults()
+        assert faults() < once
+    assert faults() > once
+
+
+def test_elsewhere_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("ctypes.CDLL", None)
+    with kept_heap():
+        assert sys.platform
