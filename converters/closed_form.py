@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from superego.converters.recorded import Recorded
 from superego.converters.regression import fit
 from superego.converters.slot import CELL, Slots
 from superego.converters.streams import (
@@ -42,7 +41,6 @@ def solve(
     unfinished: Unfinished | None = None,
     unseen: Aside | None = None,
     bear: Callable[[int, int], int] | None = None,
-    recorded: Recorded | None = None,
 ) -> Changes:
     """Changes of every residual write that make the student's streams the teacher's.
 
@@ -58,11 +56,10 @@ def solve(
     one solves. `unseen` conversations are walked with the others and not fitted to; they are given
     the streams that the walk ends with. `bear` is told how many layers are done and how many
     conversations they were fitted to, and says how many the rest is to be fitted to: no more.
-    `recorded` has the teacher's streams of all conversations, where they were kept.
     """
     slot = (slots or Slots()).of(base, [c.prompt for c in conversations], prefixes)
     aside = unseen.conversations if unseen else ()
-    walk = Walk(base, conversations, prefixes, slot, aside, recorded)
+    walk = Walk(base, conversations, prefixes, slot, aside)
     changes: Changes = dict(slot.changes) if slot else {}
     done = unfinished.layers if unfinished else 0
     kept = (

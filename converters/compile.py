@@ -311,13 +311,10 @@ def writing_seconds(shape: Shape, rows: int, rate: float) -> float:
     return 2e-9 * shape.n_weights * rows * (1 / (_REACHED * rate) + 1 / _WRITING_REST[_on_gpu()])
 
 
-def fit_seconds(shape: Shape, rows: int, rate: float, walks: int = 2) -> float:
-    """About how long a fit of so many rows takes, as `writing_seconds`.
-
-    Of one walk where the teacher's streams are there already.
-    """
+def fit_seconds(shape: Shape, rows: int, rate: float) -> float:
+    """About how long a fit of so many rows takes, as `writing_seconds`."""
     each = 1 / (_FIT_REACHED * rate) + 1 / _FIT_REST[_on_gpu()]
-    return 1e-9 * fit_operations(shape, rows, walks) * each
+    return 1e-9 * fit_operations(shape, rows) * each
 
 
 def _on_gpu() -> int:
@@ -325,14 +322,14 @@ def _on_gpu() -> int:
     return int(torch.get_default_device().type != "cpu")
 
 
-def fit_operations(shape: Shape, rows: int, walks: int = 2) -> float:
+def fit_operations(shape: Shape, rows: int) -> float:
     """Multiply-adds of a fit, times two: both forward walks and the Gram matrices."""
     heads = shape.n_head * shape.head_dim
     layer = shape.d_model * shape.head_dim * 2 * (shape.n_head + shape.n_head_kv)
     layer += 3 * shape.d_model * shape.d_ff * max(1, shape.n_expert_used)
     adapted = (heads,) if shape.n_expert else (heads, shape.d_ff)
     gram = sum(width * (width + shape.d_model) for width in adapted)
-    return 2.0 * rows * shape.n_layer * (walks * layer + gram)
+    return 2.0 * rows * shape.n_layer * (2 * layer + gram)
 
 
 def plan(

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 
-from superego.converters.recorded import Recording
 from superego.converters.shape import Shape
 from superego.converters.transformer import (
     Base,
@@ -26,25 +25,19 @@ from superego.converters.transformer import (
 ROOM = 4 << 30  # bytes of keys and values at once; batches decide bits, so this is the same for all
 
 
-def prefill(base: Base, tokens: list[int], exact: bool = False) -> list[KeyValue]:
-    """Each layer's keys and values of a prefix of tokens, in the base's type.
-
-    `exact` ones are computed in float32.
-    """
-    dtype = torch.float32 if exact else base.dtype
+def prefill(base: Base, tokens: list[int]) -> list[KeyValue]:
+    """Each layer's keys and values of a prefix of tokens."""
     rows = Rows([len(tokens)], 0)
     stream = base.embed(torch.tensor(tokens))
     rotations = base.rotations(rows.positions)
     cache = []
     for index in range(base.shape.n_layer):
         layer = base.layer(index, passing=True)
-        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, dtype)
+        hidden = rms_norm(stream, layer.attn_norm, base.shape.rms_eps, base.dtype)
         query, key, value = project_qkv(base, layer, hidden, rotations[index])
-        cache.append(
-            KeyValue(*(e.transpose(0, 1).to(base.dtype).contiguous() for e in (key, value)))
-        )
+        cache.append(KeyValue(key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()))
         stream += layer.attn_output(attend(base, layer, query, key, value, rows, None))
-        stream += layer.ffn_down(feed_forward(base, layer, stream, dtype))
+        stream += layer.ffn_down(feed_forward(base, layer, stream))
     return cache
 
 
@@ -64,7 +57,7 @@ class _Cache:
 
 
 def _first_tokens(
-    base: Base, prompts: list[list[int]], prefix: list[KeyValue], cache: _Cache, kept: _Kept
+    base: Base, prompts: list[list[int]], prefix: list[KeyValue], cache: _Cache
 ) -> torch.Tensor:
     """Reads the prompts into the cache; the argmax token after each of them, (batch,)."""
     rows = Rows([len(p) for p in prompts], prefix[0].key.shape[1])
@@ -79,9 +72,7 @@ def _first_tokens(
         cache.keys[index][sequence, :, within] = key
         cache.values[index][sequence, :, within] = value
         stream += layer.attn_output(attend(base, layer, query, key, value, rows, prefix[index]))
-        kept.put(index, "attn_output", sequence, within, stream)
         stream += layer.ffn_down(feed_forward(base, layer, stream))
-        kept.put(index, "ffn_down", sequence, within, stream)
     last = torch.tensor(rows.lengths).cumsum(0) - 1
     return base.logits(stream[last]).argmax(-1)
 
@@ -158,13 +149,11 @@ def greedy(
     stop: set[int],
     progress: Callable[[int], None],
     room: int = ROOM,
-    recording: Recording | None = None,
 ) -> list[list[int]]:
     """Greedy replies, each of at most its limit, the stop token included where it was reached.
 
     `progress` is told the number of tokens written, those saved by an early stop included.
     Where the caches of all would take more than `room` bytes, as many as fit go at once.
-    A `recording` of these prompts with their replies is given the streams of all that is read.
     """
     replies: list[list[int]] = []
     for size in batches(prompts, limits, room // cell_bytes(base.shape, base.dtype)):
@@ -174,29 +163,8 @@ def greedy(
         def told(tokens: int, done: int = done) -> None:
             progress(done + tokens)
 
-        kept = _Kept(recording, part)
-        replies += _greedy(base, prompts[part], prefix, limits[part], stop, told, kept)
+        replies += _greedy(base, prompts[part], prefix, limits[part], stop, told)
     return replies
-
-
-class _Kept:
-    """Where the streams of a batch are kept, if anywhere: `part` of a recording."""
-
-    def __init__(self, recording: Recording | None, part: slice) -> None:
-        self._recording = recording
-        self._starts = recording.starts[part] if recording else None
-
-    def put(
-        self,
-        layer: int,
-        write: str,
-        sequences: torch.Tensor,
-        within: torch.Tensor,
-        stream: torch.Tensor,
-    ) -> None:
-        """A row each: of which of the batch's sequences (n,), and which of its rows (n,)."""
-        if self._recording is not None and self._starts is not None:
-            self._recording.put(layer, write, self._starts[sequences] + within, stream)
 
 
 def _greedy(
@@ -206,12 +174,11 @@ def _greedy(
     limits: list[int],
     stop: set[int],
     progress: Callable[[int], None],
-    kept: _Kept,
 ) -> list[list[int]]:
     capacity = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
     cache = _Cache(base, len(prompts), capacity)
     limit = torch.tensor(limits)
-    token = _first_tokens(base, prompts, prefix, cache, kept)
+    token = _first_tokens(base, prompts, prefix, cache)
     replies: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts))
     length = torch.tensor([len(p) for p in prompts])  # cells used by each living sequence
@@ -250,9 +217,7 @@ def _greedy(
                 hide[base.shape.windows[index]],
             )
             stream += layer.attn_output(attended)
-            kept.put(index, "attn_output", alive, length, stream)
             stream += layer.ffn_down(feed_forward(base, layer, stream))
-            kept.put(index, "ffn_down", alive, length, stream)
         token = base.logits(stream).argmax(-1)
         length = length + 1
     return replies

@@ -30,7 +30,6 @@ from superego.converters.examples import Example, as_conversations
 from superego.converters.heap import kept_heap
 from superego.converters.kept import stored
 from superego.converters.metadata import Metadata, described
-from superego.converters.recorded import Recorded
 from superego.converters.references import BLOCKS, Prompts, prepare, seeds
 from superego.converters.runtime_cells import Corrected, correct_cells
 from superego.converters.slot import Slot
@@ -124,7 +123,6 @@ class _Material:
     lessons: list[Conversation]  # of the seen ones, what is trained on
     own: list[Conversation]  # the user's examples
     fitted: int  # how many the start was made from
-    recorded: Recorded | None  # the teacher's streams of all, until they are fitted
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -208,8 +206,6 @@ def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     measured = Unseen(base, material.unseen, prefixes)
     key = _key(job, [*material.lessons, *material.own])
     begun = _begin(job, material, measured, settings, until, saved, key)
-    if material.recorded is not None:
-        material.recorded.clear()
     settings = {**settings, **begun.settings}
     spent = time.perf_counter() - started
     seconds = {"references": gathered}
@@ -302,13 +298,12 @@ def _gather(
     if had is not None:  # as many again: what is gone on with must have been made from the same
         least, seconds = next((i + 1 for i, end in enumerate(ends) if end >= had), most), 0.0
         prompts = replace(prompts, rest=prompts.rest[:had])
-    fitting = job.fits_again and saved is None  # else nothing is fitted again
-    allowed = refit.Allowance(least, most, seconds, fitting, UNSEEN)
+    allowed = refit.Allowance(least, most, seconds, job.fits_again, UNSEEN)
     before = _leading(job.start, model, prompts)
-    conversations, fits, recorded = refit.write_within(
+    conversations, fits = refit.write_within(
         llm, opened, model, prompts, allowed, before, options.use_cache, job.steps
     )
-    if saved is not None:
+    if saved is not None:  # nothing is fitted again
         fits = saved.fitted
     fresh = [c for c in conversations if tuple(c.prompt) not in fitted]
     unseen_n = min(UNSEEN, len(conversations) // 5, len(fresh))
@@ -321,7 +316,7 @@ def _gather(
     measured_on = {id(c) for c in unseen}
     seen = [c for c in conversations if id(c) not in measured_on]
     lessons = fresh if len(fresh) >= len(seen) // 4 else seen
-    return _Material(opened, prompts, seen, fits, unseen, lessons, own, len(fitted), recorded)
+    return _Material(opened, prompts, seen, fits, unseen, lessons, own, len(fitted))
 
 
 def _begin(
@@ -356,14 +351,7 @@ def _begin(
     before = measured.of(student)
     try:
         found = refit.fit_again(
-            material.opened,
-            material.prompts,
-            seen,
-            settings,
-            until,
-            job.steps,
-            least,
-            material.recorded,
+            material.opened, material.prompts, seen, settings, until, job.steps, least
         )
     except KeyboardInterrupt:
         return _Beginning(student, before, None, before, interrupted=True)

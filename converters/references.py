@@ -24,7 +24,6 @@ from superego.atomic import replacing
 from superego.base import BaseModel
 from superego.converters.decode import ROOM, batches, cell_bytes, greedy, prefill
 from superego.converters.products import has_light
-from superego.converters.recorded import Recorded
 from superego.converters.streams import Conversation, Prefixes
 from superego.converters.transformer import Base
 from superego.dialogue import encode
@@ -127,14 +126,12 @@ def write_replies(
     progress: Callable[[int, int], None],
     room: int = ROOM,
     before: Sequence[Conversation] = (),
-    recorded: Recorded | None = None,
 ) -> tuple[list[Conversation], int]:
     """The first `n_blocks` blocks of prompts with the teacher's greedy replies.
 
     Returns the conversations in the order of the prompts and how many came from the cache.
     `room` is what their keys and values may take at once, in bytes; `before` are those of the
-    first blocks, where they are there already. The streams of what is written are `recorded`, as a
-    fit walks them: behind a prefix in float32.
+    first blocks, where they are there already.
     """
     stop = stop_tokens(llm)
     conversations: list[Conversation] = []
@@ -161,18 +158,15 @@ def write_replies(
             [limits[i] for i in order],
             room // cell_bytes(base.shape, base.dtype),
         )
-        exact = recorded is not None and base.dtype != torch.float32
-        key = _key(base, base_fingerprint, prompts.prefixes, block, sizes, exact)
+        key = _key(base, base_fingerprint, prompts.prefixes, block, sizes)
         path = cache_folder() / f"{key}.json"
         replies = _read(path, len(block), base.shape.n_vocab) if use_cache else None
         if replies is not None:
             cached += len(block)
         else:
             if prefix is None:
-                prefix = prefill(base, prompts.prefixes.teacher, exact)
-            start, recording = done, None
-            if recorded is not None:
-                recording = recorded.begin([len(block[i]) + limits[i] - 1 for i in order])
+                prefix = prefill(base, prompts.prefixes.teacher)
+            start = done
 
             def told(tokens: int, start: int = start) -> None:
                 progress(start + tokens, total)
@@ -185,11 +179,7 @@ def write_replies(
                 stop,
                 told,
                 room,
-                recording,
             )
-            if recorded is not None and recording is not None:
-                talks = [Conversation(block[i], r) for i, r in zip(order, written, strict=True)]
-                recorded.add(talks, recording)
             replies = [r for _, r in sorted(zip(order, written, strict=True))]
             if use_cache:
                 _store(path, replies)
@@ -206,7 +196,6 @@ def _key(
     prefixes: Prefixes,
     block: list[list[int]],
     sizes: list[int],
-    exact: bool,
 ) -> str:
     parts: list[object] = [
         superego.__version__,
@@ -221,8 +210,6 @@ def _key(
         parts.append(sizes)
     if base.device.type != "cpu":
         parts.append(base.device.type)
-    if exact:
-        parts.append("prefix in float32")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 

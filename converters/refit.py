@@ -18,8 +18,7 @@ from superego.converters.checkpoint import Origin
 from superego.converters.closed_form import solve
 from superego.converters.compile import Opened, Settings, fit_seconds, writing_seconds
 from superego.converters.products import probe_dtype
-from superego.converters.recorded import Recorded
-from superego.converters.references import BLOCKS, REPLY, Prompts, write_replies
+from superego.converters.references import BLOCKS, Prompts, write_replies
 from superego.converters.shape import Shape, read_shape
 from superego.converters.streams import Conversation
 from superego.converters.transformer import Base
@@ -68,40 +67,22 @@ def fitting_seconds(budget: float) -> float:
 
 def blocks_within(model: BaseModel, budget: float) -> int:
     """How many blocks of references may be written and fitted in so many seconds, at most."""
-    seconds = _MISJUDGED * fitting_seconds(budget)
-    most = _made_within(read_shape(model.header), probe_dtype()[1], seconds)
+    shape, rate = read_shape(model.header), probe_dtype()[1]
+    each = writing_seconds(shape, _ROWS, rate) + _fit_each(shape, _ROWS, rate, _KEPT_HEAP)
+    most = _MISJUDGED * fitting_seconds(budget) / each
     return sum(
         end - size < most for size, end in zip(BLOCKS, itertools.accumulate(BLOCKS), strict=True)
     )
 
 
-def fitted_within(
-    shape: Shape, rows: float, rate: float, seconds: float, pace: float = 1.0, walks: int = 2
-) -> int:
+def fitted_within(shape: Shape, rows: float, rate: float, seconds: float, pace: float = 1.0) -> int:
     """How many references of so many rows a fit has time for, at `pace` times what is estimated."""
-    left = seconds - _BESIDE - _MEASURED * _fit_each(shape, rows, rate, pace)
-    return max(0, int(left / _fit_each(shape, rows, rate, pace, walks)))
+    return max(0, int((seconds - _BESIDE) / _fit_each(shape, rows, rate, pace)) - _MEASURED)
 
 
-def _fit_each(shape: Shape, rows: float, rate: float, pace: float, walks: int = 2) -> float:
+def _fit_each(shape: Shape, rows: float, rate: float, pace: float) -> float:
     """Seconds of a fit for each reference."""
-    return pace * fit_seconds(shape, 1, rate, walks) * rows + _EACH
-
-
-def _made_within(shape: Shape, rate: float, seconds: float) -> int:
-    """How many references may be written, with the teacher's streams kept, and fitted, about."""
-    each = writing_seconds(shape, _ROWS, rate) + _fit_each(shape, _ROWS, rate, 1.0, walks=1)
-    return int(seconds / each)
-
-
-def _recorded(opened: Opened, allowed: Allowance) -> Recorded | None:
-    """Where the teacher's streams are kept, if there is memory for what may be written."""
-    if not allowed.fitted:
-        return None
-    shape, sizes = opened.base.shape, opened.sizes
-    recorded = Recorded(shape, sizes.budget - sizes.peak)
-    rows = _ROWS * _made_within(shape, opened.rate, allowed.seconds)
-    return recorded if recorded.has_room(rows) else None
+    return pace * fit_seconds(shape, 1, rate) * rows + _EACH
 
 
 def write_within(
@@ -113,11 +94,10 @@ def write_within(
     before: Sequence[Conversation],
     use_cache: bool,
     steps: Steps,
-) -> tuple[list[Conversation], int, Recorded | None]:
+) -> tuple[list[Conversation], int]:
     """As many references as are allowed, block after block; those of `before` are there already.
 
-    Returns them, how many a fit has time for in what is left, and the teacher's streams of all of
-    them, where there is memory for these.
+    Returns them, and how many a fit has time for in what is left.
 
     What a block took tells what the next one and the fit will, better than a probe of a fraction
     of a second; where none was written yet there is only that. Where a fit shares the time, as many
@@ -129,8 +109,6 @@ def write_within(
     found: Sequence[Conversation] = before
     asked = prompts
     pace = 1.0  # seconds that writing took, as a share of what the probe lets expect
-    recorded = _recorded(opened, allowed)
-    walks = 1 if recorded else 2
     while True:
         mark, there = time.perf_counter(), len(found)
         found, cached = write_replies(
@@ -143,33 +121,26 @@ def write_within(
             lambda done, total: steps.update("writing references", done, total),
             opened.sizes.room,
             found,
-            recorded,
         )
         rows = sum(len(c.prompt) + len(c.reply) - 1 for c in found) / len(found)
         written = len(found) - cached - there
         if written >= _TELLING:
             took = time.perf_counter() - mark
             pace = took / writing_seconds(shape, round(rows * written), rate)
-        if recorded is not None:  # what was there already
-            lacking = [c for c in found if c not in recorded]
-            if lacking:
-                recorded.walk(opened.base, lacking, prompts.prefixes.teacher)
         left = allowed.seconds - (time.perf_counter() - started)
         fit_pace = _KEPT_HEAP * min(max(pace, 1 / _PACE), _PACE) ** _SHARED
-        fits = fitted_within(shape, rows, rate, left, fit_pace, walks)
+        fits = fitted_within(shape, rows, rate, left, fit_pace)
         if blocks >= allowed.most or len(asked.rest) < len(prompts.rest):
-            return found, fits, recorded
+            return found, fits
         size = BLOCKS[blocks]
         each = pace * writing_seconds(shape, round(rows * size), rate) / size
         if allowed.fitted:
-            spare = fits - (len(found) - allowed.unseen)
-            more = int(spare / (1 + each / _fit_each(shape, rows, rate, fit_pace, walks)))
+            lacking = fits - (len(found) - allowed.unseen)
+            more = int(lacking / (1 + each / _fit_each(shape, rows, rate, fit_pace)))
         else:
             more = size if size * each <= left else 0
-        block = prompts.rest[len(found) : len(found) + min(more, size)]
-        full = recorded is not None and not recorded.has_room(sum(len(p) + REPLY for p in block))
-        if more < min(_FEWEST, size) or full:
-            return found, fits, recorded
+        if more < min(_FEWEST, size):
+            return found, fits
         if more < size:
             asked = replace(prompts, rest=prompts.rest[: len(found) + more])
         blocks += 1
@@ -210,14 +181,13 @@ def fit_again(
     until: float,
     steps: Steps,
     least: int,
-    recorded: Recorded | None = None,
 ) -> Fitted | None:
     """The closed form of all references that are there now, or of as many as there is time for.
 
     What writing took tells a fit's pace within a quarter. Its own layers tell it better: where it
     would not be done `until` then, by time.perf_counter, the layers to come are fitted to fewer.
     None where that would be fewer than `least`. `before` are the settings that the start was made
-    with; `recorded`, see `write_within`.
+    with.
     """
     if len(seen) < least:
         return None
@@ -233,7 +203,6 @@ def fit_again(
             lambda done, total: steps.update("solving layers", done, total),
             opened.slots,
             bear=pace.bear,
-            recorded=recorded,
         )
     except _TooFew:
         return None

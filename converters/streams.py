@@ -186,28 +186,19 @@ class Streams:
     def inputs(self, layer: Layer, write: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the matrix `write` reads now: for the rows (n, in), in the base's type, and for the
         prefix (p, in), in float32."""
-        prefix, shared = self.prefix_inputs(layer, write)
+        exact = torch.float32
         if write == "ffn_down":
-            return feed_forward(self.base, layer, self.rows), prefix
-        turn = self.rotations[layer.index]
-        return attention(self.base, layer, self.rows, self.pack.rows, turn, shared), prefix
-
-    def prefix_inputs(self, layer: Layer, write: str) -> tuple[torch.Tensor, KeyValue | None]:
-        """What `write` reads for the prefix (p, in), in float32.
-
-        Of attn_output also the keys and values that the rows then attend to, in the base's type.
-        """
-        base, exact = self.base, torch.float32
-        if write == "ffn_down":
-            return feed_forward(base, layer, self.prefix, exact), None
-        hidden = rms_norm(self.prefix, layer.attn_norm, base.shape.rms_eps, exact)
+            return (
+                feed_forward(self.base, layer, self.rows),
+                feed_forward(self.base, layer, self.prefix, exact),
+            )
+        base, eps = self.base, self.base.shape.rms_eps
+        hidden = rms_norm(self.prefix, layer.attn_norm, eps, exact)
         query, key, value = project_qkv(base, layer, hidden, self.prefix_rotations[layer.index])
         prefix = attend(base, layer, query, key, value, self.pack.prefix_rows, None)
-        return prefix, KeyValue(*(e.transpose(0, 1).to(base.dtype) for e in (key, value)))
-
-    def advance(self, layer: Layer, write: str) -> None:
-        """Give the streams what the layer's own matrix `write` has for them."""
-        self.add(self.inputs(layer, write), getattr(layer, write))
+        shared = KeyValue(*(each.transpose(0, 1).to(base.dtype) for each in (key, value)))
+        turn = self.rotations[layer.index]
+        return attention(base, layer, self.rows, self.pack.rows, turn, shared), prefix
 
     def add(self, inputs: tuple[torch.Tensor, torch.Tensor], write: Write) -> None:
         """Write a matrix applied to the inputs onto the streams."""

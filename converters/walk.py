@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from superego.converters.recorded import Recorded, RecordedStreams
 from superego.converters.slot import Probe, Slot, write_cells
 from superego.converters.streams import (
     Change,
@@ -85,15 +84,10 @@ class Walk:
         prefixes: Prefixes,
         slot: Slot | None,
         aside: Sequence[Conversation] = (),
-        recorded: Recorded | None = None,
     ) -> None:
-        """`aside` conversations are walked with the others, and asked nothing of.
-
-        With all of them `recorded` the teacher's streams need not be walked again.
-        """
+        """`aside` conversations are walked with the others, and asked nothing of."""
         self._base, self._prefixes, self._slot = base, prefixes, slot
-        pack = Pack(conversations, prefixes.teacher, aside)
-        self.teacher = RecordedStreams(base, pack, recorded) if recorded else Streams(base, pack)
+        self.teacher = Streams(base, Pack(conversations, prefixes.teacher, aside))
         self.student = Streams(base, Pack(conversations, prefixes.student, aside))
         # with the slot alone; for its prefix
         self._bare = Streams(base, Pack(conversations[:1], prefixes.student))
@@ -146,9 +140,9 @@ class Walk:
     def step(self, write: str) -> None:
         """All streams are given what the base's own matrix `write` has for them."""
         layer, matrix = self._layer, getattr(self._layer, write)
-        for each in (self.teacher, self.untouched):
-            if each:
-                each.advance(layer, write)
+        self.teacher.add(self.teacher.inputs(layer, write), matrix)
+        if self.untouched:
+            self.untouched.add(self.untouched.inputs(layer, write), matrix)
         self._own_inputs = self._bare.inputs(self._changed, write)
         self._bare.add(self._own_inputs, matrix)
         self._inputs = self.student.inputs(self._changed, write)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from superego.converters import refit
-from superego.converters.references import BLOCKS, REPLY, Prompts
+from superego.converters.references import BLOCKS, Prompts
 from superego.converters.streams import Conversation, Prefixes
 from superego.progress import Steps
 
@@ -31,9 +31,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., refit.Fitted | None
     ) -> refit.Fitted | None:
         clock.now = 0.0
 
-        def solve(
-            base: Any, talks: Sequence[Conversation], *rest: Any, bear: Any, recorded: Any
-        ) -> Any:
+        def solve(base: Any, talks: Sequence[Conversation], *rest: Any, bear: Any) -> Any:
             n = len(talks)
             clock.now = SLOT
             for layer in range(LAYERS):
@@ -59,8 +57,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., refit.Fitted | None
 def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, float]]:
     """How many references were written, how many of them are to be fitted, and when that is.
 
-    Of a machine that takes `write` and `fit` seconds for each, and is thought to take 0.2 and 0.4;
-    half of the 0.4, where there is memory for the teacher's streams (bytes; a token takes four).
+    Of a machine that takes `write` and `fit` seconds for each, and is thought to take 0.2 and 0.4.
     """
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(refit, "time", clock)
@@ -68,37 +65,25 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, fl
     monkeypatch.setattr(refit, "_MEASURED", 0)
     monkeypatch.setattr(refit, "_EACH", 0.0)
     monkeypatch.setattr(refit, "_KEPT_HEAP", 1.0)
-    monkeypatch.setattr(refit, "_ROWS", 2)
     monkeypatch.setattr(refit, "writing_seconds", lambda shape, rows, rate: 0.2 * rows / 2)
-    monkeypatch.setattr(
-        refit, "fit_seconds", lambda shape, rows, rate, walks: 0.2 * walks * rows / 2
-    )
+    monkeypatch.setattr(refit, "fit_seconds", lambda shape, rows, rate: 0.4 * rows / 2)
     prompts = Prompts(Prefixes([1], [1]), [[1, 2]] * 4000)
 
-    def write(
-        seconds: float, fit: float, fitted: bool = True, memory: int = 0
-    ) -> tuple[int, int, float]:
+    def write(seconds: float, fit: float, fitted: bool = True) -> tuple[int, int, float]:
         clock.now = 0.0
 
         def replies(*rest: Any) -> tuple[list[Conversation], int]:
-            asked, blocks, (before, recorded) = rest[3], rest[4], rest[-2:]
+            asked, blocks, before = rest[3], rest[4], rest[-1]
             n = min(sum(BLOCKS[:blocks]), len(asked.rest))
             clock.now += seconds * (n - len(before))
-            found = [Conversation([1, 2], [1])] * n
-            if memory:
-                new = found[len(before) :]
-                recorded.add(new, recorded.begin([1 + REPLY] * len(new)))
-            return found, 0
+            return [Conversation([1, 2], [1])] * n, 0
 
         monkeypatch.setattr(refit, "write_replies", replies)
-        opened: Any = SimpleNamespace(
-            base=SimpleNamespace(shape=SimpleNamespace(n_layer=1, d_model=1)),
-            rate=1,
-            sizes=SimpleNamespace(room=1, budget=100 + memory, peak=100),
-        )
-        found, fits, recorded = refit.write_within(
+        found, fits = refit.write_within(
             Any,  # type: ignore[arg-type]
-            opened,
+            SimpleNamespace(
+                base=SimpleNamespace(shape=None), rate=1, sizes=SimpleNamespace(room=1)
+            ),  # type: ignore[arg-type]
             SimpleNamespace(fingerprint=""),  # type: ignore[arg-type]
             prompts,
             refit.Allowance(5, 16, 270.0, fitted, 48),
@@ -106,7 +91,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, fl
             False,
             Steps(quiet=True),
         )
-        assert (recorded is not None) == (memory > 0)
         return len(found), fits, clock.now + fit * min(fits, len(found) - 48)
 
     return write
@@ -130,23 +114,6 @@ def test_what_must_be_written_is_and_a_slow_fit_has_fewer(
     assert done == pytest.approx(270, rel=0.01)
     blocks, _, _ = written(0.2, 0.4, fitted=False)
     assert blocks == sum(BLOCKS[:9])  # whole ones alone, where their writing has all the time
-
-
-def test_with_the_teachers_streams_kept_there_is_time_for_more(
-    written: Callable[..., tuple[int, int, float]],
-) -> None:
-    without, _, _ = written(0.2, 0.4)
-    n, fits, done = written(0.2, 0.2, memory=1 << 20)
-    assert n == pytest.approx(1.5 * without, rel=0.1)
-    assert n - 48 <= fits
-    assert 0.9 * 270 < done <= 270
-
-
-def test_no_more_are_written_than_there_is_memory_for(
-    written: Callable[..., tuple[int, int, float]],
-) -> None:
-    n, _, _ = written(0.2, 0.2, memory=4 * (1 + REPLY) * 500)
-    assert sum(BLOCKS[:5]) < n <= 500
 
 
 @pytest.mark.parametrize(("budget", "left"), [(10, 0.8), (60, 4.8), (300, 10), (3600, 76)])
