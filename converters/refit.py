@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 _SHARE = 0.92  # of the budget, at least, for the references and a fit to them
-_LONG_SHARE, _BEHIND = 0.98, 4.0  # of a long one; seconds of what comes behind it: measure, write
+_LONG_SHARE, _BEHIND = 0.98, 6.0  # of a long one; seconds of what comes behind it: measure, write
 _MORE = 1.25  # times the references that the file was fitted to; fewer are not fitted again
 _ROWS = 54  # tokens of a reference, about
 _EACH = 0.01  # seconds that one takes beside all products, at least
