@@ -391,7 +391,7 @@ def test_ctrl_c_in_the_fit_leaves_the_start(
 
     monkeypatch.setattr("superego.converters.refit.solve", interrupted)
     out = tmp_path / "r.gguf"
-    report = refine(read_adapter(closed), tiny, out, Options(0.4))
+    report = refine(read_adapter(closed), tiny, out, Options(0.8))
     assert report["interrupted"]
     assert out.read_bytes() == closed.read_bytes()
 
