@@ -162,8 +162,7 @@ def distill(
         check_fit(start, model.header)
     steps = steps or Steps(quiet=True)
     job = _Job("distill", manifesto, model, output, options, start, examples, steps)
-    with kept_heap():
-        return _run(job, opened)
+    return _run(job, opened)
 
 
 def refine(
@@ -184,10 +183,10 @@ def refine(
     steps = steps or Steps(quiet=True)
     manifesto = manifesto_of(adapter)
     job = _Job("refine", manifesto, model, output, options, adapter, examples, steps)
-    with kept_heap():
-        return _run(job, opened)
+    return _run(job, opened)
 
 
+@kept_heap()
 def _run(job: _Job, opened: Opened | None) -> dict[str, Any]:
     started = time.perf_counter()
     model, options, start, output = job.model, job.options, job.start, job.output

@@ -38,8 +38,9 @@ _MISJUDGED = 1.3  # times as fast as the probe says, at most
 _TELLING = 90  # references that must have been written for their time to tell a pace
 _KEPT_HEAP = 0.93  # of what a fit of a compile takes: memory stays in the process (heap.py)
 # A machine that the probe misjudged writes and fits at another pace; one whose memory is busy with
-# other programs writes slower, and fits as before. So of what writing is off by:
-_SHARED = 0.5  # the exponent
+# other programs writes slower, and fits as before. So a fit is off by what writing is off by, to
+# the power of:
+_PACE_EXPONENT = 0.5
 _PACE = 2.0  # times faster or slower than estimated, at most: of a tiny base products tell little
 _FIRST_LAYERS = 3  # from which on a fit's layers tell its pace
 _RECALL = 0.8  # of what layers before tell of it, a layer
@@ -75,7 +76,7 @@ def blocks_within(model: BaseModel, budget: float) -> int:
     )
 
 
-def fitted_within(shape: Shape, rows: float, rate: float, seconds: float, pace: float = 1.0) -> int:
+def fitted_within(shape: Shape, rows: float, rate: float, seconds: float, pace: float) -> int:
     """How many references of so many rows a fit has time for, at `pace` times what is estimated."""
     return max(0, int((seconds - _BESIDE) / _fit_each(shape, rows, rate, pace)) - _MEASURED)
 
@@ -128,7 +129,7 @@ def write_within(
             took = time.perf_counter() - mark
             pace = took / writing_seconds(shape, round(rows * written), rate)
         left = allowed.seconds - (time.perf_counter() - started)
-        fit_pace = _KEPT_HEAP * min(max(pace, 1 / _PACE), _PACE) ** _SHARED
+        fit_pace = _KEPT_HEAP * min(max(pace, 1 / _PACE), _PACE) ** _PACE_EXPONENT
         fits = fitted_within(shape, rows, rate, left, fit_pace)
         if blocks >= allowed.most or len(asked.rest) < len(prompts.rest):
             return found, fits
